@@ -1,0 +1,65 @@
+"""Qwen-VL as a small, readable, fast PyTorch library.
+
+import qwenvl
+vl = qwenvl.load("tiny")
+reply, history = vl.chat([{"image": "demo.jpeg"}, {"text": "What is this?"}])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import GenerationConfig, QwenVLConfig
+    from .errors import QwenVLError
+    from .generation.sampling import SamplingOptions
+    from .image import preprocess
+    from .model.cache import KVCache
+    from .model.qwenvl import QwenVL
+    from .pipeline import Pipeline, load
+    from .text.boxes import Box
+    from .text.prompt import Turn, parse_tagged
+    from .text.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first used, so that `import qwenvl` and `qwenvl --help` do not
+# pay for torch.
+_HOMES = {
+    "Box": ".text.boxes",
+    "GenerationConfig": ".config",
+    "KVCache": ".model.cache",
+    "Pipeline": ".pipeline",
+    "QwenVL": ".model.qwenvl",
+    "QwenVLConfig": ".config",
+    "QwenVLError": ".errors",
+    "SamplingOptions": ".generation.sampling",
+    "Tokenizer": ".text.tokenizer",
+    "Turn": ".text.prompt",
+    "load": ".pipeline",
+    "parse_tagged": ".text.prompt",
+    "preprocess": ".image",
+}
+
+__all__ = [
+    "Box",
+    "GenerationConfig",
+    "KVCache",
+    "Pipeline",
+    "QwenVL",
+    "QwenVLConfig",
+    "QwenVLError",
+    "SamplingOptions",
+    "Tokenizer",
+    "Turn",
+    "load",
+    "parse_tagged",
+    "preprocess",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwenvl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)

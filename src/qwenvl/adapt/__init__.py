@@ -1,0 +1,1 @@
+"""What changes a model from outside: `model/` never mentions bits, ranks or adapters."""

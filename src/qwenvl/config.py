@@ -1,0 +1,321 @@
+"""What a checkpoint's JSON files say, as frozen dataclasses that are valid once they exist.
+
+    VisionConfig         the `visual` part of config.json
+    QuantizationConfig   the `quantization_config` part of config.json
+    QwenVLConfig         config.json
+    GenerationConfig     generation_config.json
+
+Nothing is inferred from a path or a repository's name. Keys that we do not know are ignored, as `transformers` writes
+many of its own; a key that we know and whose value we could not honour is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+REFERENCE_GRID = 16  # `visual.positional_embedding` always has 16 x 16 rows, whatever the image size
+RESAMPLER_HEAD_SIZE = 128  # the reference derives the resampler's head count as output_dim // 128
+
+Config = TypeVar("Config", "VisionConfig", "QuantizationConfig", "QwenVLConfig", "GenerationConfig")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive_whole_numbers(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            f"{name} must be a positive whole number, not {value!r}",
+        )
+
+
+def _numbers(config: object, *names: str, above: float = 0.0) -> None:
+    for name in names:
+        value = getattr(config, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(
+            is_number and math.isfinite(value) and value > above,
+            f"{name} must be a number above {above:g}, not {value!r}",
+        )
+
+
+def _booleans(config: object, *names: str) -> None:
+    for name in names:
+        _require(
+            isinstance(getattr(config, name), bool), f"{name} must be true or false, not {getattr(config, name)!r}"
+        )
+
+
+def _from_json_object(kind: type[Config], data: Any, where: str) -> Config:  # noqa: ANN401 - parsed JSON
+    """Build `kind` from the keys of `data` that it has as fields; a field without a default must be there."""
+    _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    _require(not missing, f"{where} lacks {', '.join(missing)}")
+    try:
+        return kind(**{name: value for name, value in data.items() if name in fields})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - parsed JSON
+    """The JSON in a file. Raises ConfigError, with the place, if it cannot be read or parsed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower and the resampler (paper section 2.1; defaults are Qwen-VL's).
+
+    `image_size` and `patch_size` are pixels; `n_queries` is the number of visual tokens that one image becomes.
+    """
+
+    image_size: int = 448
+    patch_size: int = 14
+    width: int = 1664
+    layers: int = 48
+    heads: int = 16
+    mlp_ratio: float = 4.9231
+    output_dim: int = 4096
+    image_start_id: int = 151857
+    n_queries: int = 256
+
+    def __post_init__(self) -> None:
+        _positive_whole_numbers(
+            self, "image_size", "patch_size", "width", "layers", "heads", "output_dim", "image_start_id", "n_queries"
+        )
+        _numbers(self, "mlp_ratio")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}",
+        )
+        _require(self.width % self.heads == 0, f"width {self.width} must be a multiple of heads {self.heads}")
+        _require(
+            self.output_dim >= RESAMPLER_HEAD_SIZE and self.output_dim % self.resampler_heads == 0,
+            f"output_dim {self.output_dim} must be at least {RESAMPLER_HEAD_SIZE} and divide by output_dim // {RESAMPLER_HEAD_SIZE}",
+        )
+        _require(self.output_dim % 4 == 0, f"output_dim {self.output_dim} must be a multiple of 4")
+        _require(
+            math.isqrt(self.n_queries) ** 2 == self.n_queries,
+            f"n_queries must be a square number, not {self.n_queries}",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the vision MLP, rounded down as the reference does."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def resampler_heads(self) -> int:
+        """Attention heads of the resampler."""
+        return self.output_dim // RESAMPLER_HEAD_SIZE
+
+    @property
+    def image_end_id(self) -> int:
+        """Id of `</img>`."""
+        return self.image_start_id + 1
+
+    @property
+    def image_pad_id(self) -> int:
+        """Id of `<imgpad>`."""
+        return self.image_start_id + 2
+
+    @property
+    def span(self) -> int:
+        """Ids that one image takes in a prompt: `<img>`, the visual tokens, `</img>`."""
+        return self.n_queries + 2
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the decoder's linears are packed (GPTQ, AutoGPTQ v1 layout)."""
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    quant_method: str = "gptq"
+
+    def __post_init__(self) -> None:
+        _require(self.quant_method == "gptq", f"quant_method {self.quant_method!r} is not supported, only 'gptq'")
+        _require(self.bits == 4 and self.bits is not True, f"bits must be 4, not {self.bits!r}")
+        _positive_whole_numbers(self, "group_size")
+        _booleans(self, "sym", "desc_act")
+
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """config.json of a Qwen-VL checkpoint.
+
+    Lengths are tokens. `seq_length` is the length the decoder was trained at: above it dynamic NTK and log-n scaling
+    begin; `max_position_embeddings` is the longest text that is accepted, prompt and answer together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    visual: VisionConfig
+    kv_channels: int = 128
+    max_position_embeddings: int = 8192
+    seq_length: int = 2048
+    layer_norm_epsilon: float = 1e-6
+    rotary_emb_base: float = 10000.0
+    rotary_pct: float = 1.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    initializer_range: float = 0.02
+    no_bias: bool = True
+    scale_attn_weights: bool = True
+    tie_word_embeddings: bool = False
+    emb_dropout_prob: float = 0.0
+    attn_dropout_prob: float = 0.0
+    torch_dtype: str | None = None
+    quantization_config: QuantizationConfig | None = None
+
+    def __post_init__(self) -> None:
+        _positive_whole_numbers(
+            self,
+            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+            *("kv_channels", "max_position_embeddings", "seq_length"),
+        )
+        _numbers(self, "layer_norm_epsilon", "rotary_emb_base", "initializer_range")
+        _booleans(self, "use_dynamic_ntk", "use_logn_attn")
+        heads, size = self.num_attention_heads, self.kv_channels
+        _require(
+            heads * size == self.hidden_size,
+            f"num_attention_heads x kv_channels ({heads} x {size}) must be hidden_size {self.hidden_size}",
+        )
+        _require(size % 2 == 0 and size > 2, f"kv_channels {size} must be even and above 2, to be rotated in pairs")
+        _require(self.intermediate_size % 2 == 0, f"intermediate_size {self.intermediate_size} must be even")
+        _require(
+            self.visual.output_dim == self.hidden_size,
+            f"visual.output_dim {self.visual.output_dim} must be hidden_size {self.hidden_size}",
+        )
+        _require(
+            self.visual.image_pad_id < self.vocab_size,
+            f"visual.image_start_id {self.visual.image_start_id} leaves no room for </img> and <imgpad> in vocab_size {self.vocab_size}",
+        )
+        # No published checkpoint sets these otherwise, and the reference's own code for the other values is untested.
+        only = {
+            "rotary_pct": 1.0,
+            "no_bias": True,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": False,
+            "emb_dropout_prob": 0.0,
+            "attn_dropout_prob": 0.0,
+        }
+        for name, value in only.items():
+            _require(getattr(self, name) == value, f"{name} {getattr(self, name)!r} is not supported, only {value!r}")
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the SwiGLU: `intermediate_size` counts both of its projections."""
+        return self.intermediate_size // 2
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = CONFIG_FILE) -> QwenVLConfig:  # noqa: ANN401 - parsed JSON
+        """Build from parsed JSON. Raises ConfigError naming `where` and the key."""
+        _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
+        _require("visual" in data, f"{where} lacks visual: it is not a Qwen-VL configuration")
+        data = {**data, "visual": _from_json_object(VisionConfig, data["visual"], f"{where}: visual")}
+        if (quantization := data.get("quantization_config")) is not None:
+            data["quantization_config"] = _from_json_object(
+                QuantizationConfig, quantization, f"{where}: quantization_config"
+            )
+        return _from_json_object(cls, data, where)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> QwenVLConfig:
+        """Read `config.json` in `folder`. Raises ConfigError."""
+        path = Path(folder) / CONFIG_FILE
+        return cls.from_dict(read_json(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `from_dict` reads back."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """generation_config.json: how the checkpoint's authors meant it to be decoded.
+
+    The defaults, used when there is no such file, are greedy and ChatML. Lengths are tokens; `top_k` 0 is off.
+    """
+
+    chat_format: str = "chatml"
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    max_window_size: int = 6144
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.chat_format in ("chatml", "raw"), f"chat_format must be 'chatml' or 'raw', not {self.chat_format!r}"
+        )
+        _positive_whole_numbers(self, "max_window_size", "max_new_tokens")
+        _booleans(self, "do_sample")
+        _numbers(self, "temperature", "top_p", "repetition_penalty")
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, f"{name} must be a whole number from 0 up, not {value!r}")
+        if isinstance(self.eos_token_id, list):  # as JSON has it; a frozen dataclass wants something hashable
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        _require(
+            all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.eos_token_ids),
+            f"eos_token_id must be an id or a list of ids, not {self.eos_token_id!r}",
+        )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text: none, one or several."""
+        eos = self.eos_token_id
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = GENERATION_CONFIG_FILE) -> GenerationConfig:  # noqa: ANN401 - parsed JSON
+        """Build from parsed JSON. Raises ConfigError naming `where` and the key."""
+        _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
+        # `transformers` writes null for "not set".
+        return _from_json_object(cls, {k: v for k, v in data.items() if v is not None}, where)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GenerationConfig:
+        """Read `generation_config.json` in `folder`, or the defaults if there is none. Raises ConfigError."""
+        path = Path(folder) / GENERATION_CONFIG_FILE
+        return cls.from_dict(read_json(path), str(path)) if path.exists() else cls()

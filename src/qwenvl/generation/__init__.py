@@ -1,0 +1,1 @@
+"""Logits in, ids out: sampling, the one decoding loop, beam search."""

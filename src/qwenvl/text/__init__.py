@@ -1,0 +1,1 @@
+"""Strings in, ids out; never imports torch."""
