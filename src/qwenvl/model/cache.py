@@ -1,0 +1,179 @@
+"""The keys and values of the tokens that the decoder has seen, allocated once and owned by the caller.
+
+A row's slots hold its real tokens only, and a token's slot is its position: padding never enters. Every row has its
+own length and its own NTK alpha, so that a row computes what it would compute alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import QwenVLConfig
+from ..errors import CacheError
+from .rope import inverse_frequencies, ntk_alpha
+
+
+class KVCache:
+    """Keys and values of B rows, with room for S tokens each. Make one with `allocate`.
+
+    Attributes:
+        keys, values: [L,B,H,S,D], rotated keys and plain values.
+        lengths: [B] int64 on the cache's device, the tokens that each row holds; what a step reads.
+        frequencies: [B,D/2] float32 on the device, each row's inverse rotary frequencies under its alpha.
+        host_lengths: [B] int64 on the CPU, the same lengths where Python can read them without waiting for the device.
+        alphas: [B] float64 on the CPU, each row's NTK alpha; 0 where it is not fixed yet.
+    """
+
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        frequencies: Tensor,
+        host_lengths: Tensor,
+        alphas: Tensor,
+    ) -> None:
+        self.config = config
+        self.keys, self.values = keys, values
+        self.lengths, self.frequencies = lengths, frequencies
+        self.host_lengths, self.alphas = host_lengths, alphas
+
+    @classmethod
+    def allocate(
+        cls,
+        config: QwenVLConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """An empty cache of `batch` rows with `max_length` slots each.
+
+        It takes 2 x layers x batch x max_length x hidden_size elements. Zeros rather than uninitialised memory: a slot
+        that the mask hides still enters 0 x value, and 0 x NaN is NaN.
+        """
+        heads, head_size = config.num_attention_heads, config.kv_channels
+        shape = (config.num_hidden_layers, batch, heads, max_length, head_size)
+        return cls(
+            config,
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+            lengths=torch.zeros(batch, dtype=torch.int64, device=device),
+            frequencies=torch.zeros(batch, head_size // 2, device=device),
+            host_lengths=torch.zeros(batch, dtype=torch.int64),
+            alphas=torch.zeros(batch, dtype=torch.float64),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.keys.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Slots of each row."""
+        return self.keys.shape[3]
+
+    @property
+    def is_empty(self) -> bool:
+        """True while no row holds a token."""
+        return not self.host_lengths.any()
+
+    def rows(self, selection: slice) -> KVCache:
+        """Some of the rows, sharing this cache's memory: what is written through the view is written here."""
+        return KVCache(
+            self.config,
+            keys=self.keys[:, selection],
+            values=self.values[:, selection],
+            lengths=self.lengths[selection],
+            frequencies=self.frequencies[selection],
+            host_lengths=self.host_lengths[selection],
+            alphas=self.alphas[selection],
+        )
+
+    def declare(self, prompt_lengths: Sequence[int], *, dynamic_ntk: bool = True) -> None:
+        """Fix the NTK alpha of every row that has none yet, from the full length of its prompt in tokens.
+
+        A prompt that is prefilled in chunks must be declared before its first chunk, since the reference chooses alpha
+        from the whole prompt. A forward on an undeclared row declares the length that it is given. Raises CacheError if
+        the number of lengths is not the number of rows.
+        """
+        if len(prompt_lengths) != self.batch:
+            raise CacheError(f"{len(prompt_lengths)} prompt lengths were declared for a cache of {self.batch} rows")
+        for row, length in enumerate(prompt_lengths):
+            if self.alphas[row] == 0:
+                alpha = self._alpha_for(length) if dynamic_ntk else 1.0
+                self.alphas[row] = alpha
+                self.frequencies[row] = inverse_frequencies(
+                    self.config.kv_channels, self.config.rotary_emb_base, alpha, self.frequencies.device
+                )
+
+    def fits(self, row: int, prompt_length: int) -> bool:
+        """Whether a prompt of this many tokens would get the alpha that the row was filled under."""
+        return bool(self.alphas[row] == self._alpha_for(prompt_length))
+
+    def rewind(self, lengths: Sequence[int], *, prompt_lengths: Sequence[int] | None = None) -> None:
+        """Keep only the first `lengths[b]` tokens of each row b. A row rewound to 0 forgets its alpha.
+
+        The kept keys stay rotated under the row's alpha, so what follows equals an uncached
+        `forward(..., ntk_alpha=alpha)`. Where a prompt of the new length (`prompt_lengths` if given, else `lengths`)
+        would get another alpha, a warning says so: to get what a fresh prompt gets, rewind to 0 and prefill anew.
+        Raises CacheError if a row is shorter than the length asked for.
+        """
+        if len(lengths) != self.batch:
+            raise CacheError(f"{len(lengths)} lengths were given to rewind a cache of {self.batch} rows")
+        for row, (length, held) in enumerate(zip(lengths, self.host_lengths.tolist(), strict=True)):
+            if not 0 <= length <= held:
+                raise CacheError(f"row {row} holds {held} tokens and cannot be rewound to {length}")
+            prompt_length = length if prompt_lengths is None else prompt_lengths[row]
+            if length == 0:
+                self.alphas[row] = 0
+            elif not self.fits(row, prompt_length):
+                warnings.warn(
+                    f"row {row} keeps NTK alpha {self.alphas[row]:g} after a rewind to {length} tokens, but a prompt of "
+                    f"{prompt_length} tokens has alpha {self._alpha_for(prompt_length):g}; rewind to 0 to prefill anew",
+                    stacklevel=2,
+                )
+        self.host_lengths.copy_(torch.tensor(lengths))
+        self.lengths.copy_(self.host_lengths)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row b becomes what row `rows[b]` was, in place: how beam search keeps its best hypotheses."""
+        index = torch.tensor(rows, device=self.keys.device)
+        longest = int(self.host_lengths.max())
+        for store in (self.keys, self.values):
+            for layer in store[:, :, :, :longest]:  # layer by layer, so that only one layer is ever held twice
+                layer.copy_(layer[index])
+        self.lengths.copy_(self.lengths[index])
+        self.frequencies.copy_(self.frequencies[index])
+        self.host_lengths.copy_(self.host_lengths[list(rows)])
+        self.alphas.copy_(self.alphas[list(rows)])
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B,H,T,D] of one layer and return that layer's first `bucket` slots, [B,H,bucket,D] views.
+
+        slots: [T] where all rows are equally long, else [B,T]. Lengths do not change until `advance`.
+        """
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if slots.dim() == 1:
+                store.index_copy_(2, slots, new)
+            else:
+                rows = torch.arange(self.batch, device=slots.device)[:, None]
+                store.transpose(1, 2)[rows, slots] = new.transpose(1, 2)
+        return self.keys[layer][:, :, :bucket], self.values[layer][:, :, :bucket]
+
+    def advance(self, new_tokens: Sequence[int]) -> None:
+        """Count `new_tokens[b]` more tokens in each row b, after all layers have appended theirs."""
+        self.host_lengths += torch.tensor(new_tokens)
+        if len(set(new_tokens)) == 1:
+            self.lengths += new_tokens[0]
+        else:
+            self.lengths.copy_(self.host_lengths)
+
+    def _alpha_for(self, prompt_length: int) -> float:
+        return ntk_alpha(prompt_length, self.config.seq_length) if self.config.use_dynamic_ntk else 1.0

@@ -1,0 +1,212 @@
+"""The language decoder: embeddings in, hidden states out (Qwen-7B: RMSNorm, rotary attention, SwiGLU).
+
+Rows are left-aligned here: row b's real tokens are its first `row_lengths[b]` columns, whatever follows them is
+padding that a causal mask already hides. `qwenvl.py` aligns them on the way in and puts them back on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import QwenVLConfig
+from ..errors import CacheError, PromptError
+from .cache import KVCache
+from .rope import inverse_frequencies, logn_factors, ntk_alpha, rotary_tables, rotate
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all layers of one forward share."""
+
+    cos: Tensor  # [B,1,T,1,D/2] float32
+    sin: Tensor
+    logn: Tensor | None  # [B,T,1,1] in the activations' dtype
+    mask: Tensor | None  # [1 or B,1,T,bucket] bool, true where a query may look
+    causal: bool  # query t looks at keys 0..t, and no mask is needed to say so
+    cache: KVCache | None
+    slots: Tensor | None  # where this forward's keys go: [T], or [B,T] for rows of different lengths
+    bucket: int  # how many of the cache's slots attention reads
+
+    def visible(self, queries: int, keys: int) -> Tensor:
+        """The mask that is meant, [1 or B,1,T,bucket], also where `causal` or nothing at all stands for it."""
+        if self.mask is not None:
+            return self.mask
+        everything = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.cos.device)
+        return everything.tril() if self.causal else everything
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: normalised in float32, cast back, then multiplied by the weight, in the reference's order."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,C] to [...,C]."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and log-n scaled queries."""
+
+    def __init__(self, *, width: int, heads: int, head_size: int) -> None:
+        super().__init__()
+        self.heads, self.head_size = heads, head_size
+        self.c_attn = nn.Linear(width, 3 * heads * head_size)
+        self.c_proj = nn.Linear(heads * head_size, width, bias=False)
+
+    def forward(self, x: Tensor, context: AttentionContext, layer: int, maps: list[Tensor] | None) -> Tensor:
+        """[B,T,C] to [B,T,C]; the attention map [B,H,T,S] is appended to `maps` if there is such a list."""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.heads, self.head_size)).transpose(1, 2)  # [B,3,T,H,D]
+        query, key = rotate(qkv[:, :2], context.cos, context.sin).unbind(1)
+        if context.logn is not None:
+            query = query * context.logn
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), qkv[:, 2].transpose(1, 2)  # [B,H,T,D]
+        if context.cache is not None and context.slots is not None:
+            key, value = context.cache.append(layer, key, value, context.slots, context.bucket)
+        if maps is None:
+            # The fused kernels keep the softmax in float32; the reference runs it in the activations' dtype.
+            mixed = F.scaled_dot_product_attention(query, key, value, context.mask, is_causal=context.causal)
+        else:
+            scores = query @ key.transpose(-1, -2) * self.head_size**-0.5
+            scores = scores.float().masked_fill(~context.visible(*scores.shape[-2:]), -torch.inf)
+            maps.append(scores.softmax(dim=-1))
+            mixed = maps[-1].type_as(value) @ value
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """`c_proj(w1(x) * silu(w2(x)))`: in the reference's names it is `w2` that gates."""
+
+    def __init__(self, *, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, inner_width, bias=False)
+        self.w2 = nn.Linear(width, inner_width, bias=False)
+        self.c_proj = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,T,C] to [B,T,C]."""
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.ln_1 = RMSNorm(width, eps=eps)
+        self.attn = Attention(width=width, heads=config.num_attention_heads, head_size=config.kv_channels)
+        self.ln_2 = RMSNorm(width, eps=eps)
+        self.mlp = SwiGLU(width=width, inner_width=config.mlp_width)
+
+    def forward(self, x: Tensor, context: AttentionContext, layer: int, maps: list[Tensor] | None = None) -> Tensor:
+        """[B,T,C] to [B,T,C]."""
+        x = x + self.attn(self.ln_1(x), context, layer, maps)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Decoder(nn.Module):
+    """Token table, blocks, final norm and head."""
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        row_lengths: Sequence[int],
+        *,
+        cache: KVCache | None = None,
+        alphas: Sequence[float] | None = None,
+        hidden_states: list[Tensor] | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Left-aligned embeddings [B,T,C] to the final hidden states [B,T,C], before the head.
+
+        row_lengths: real tokens of each row among the T. alphas: NTK alphas that replace those of the rows' lengths.
+        The residual stream before each block and the final hidden states are appended to `hidden_states`, the
+        attention maps [B,H,T,S] to `maps`, if there are such lists.
+        Raises PromptError beyond the model's positions, CacheError if the cache does not fit.
+        """
+        context = self._context(embeddings, row_lengths, cache, alphas)
+        x = embeddings
+        for layer, block in enumerate(self.blocks):
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = block(x, context, layer, maps)
+        x = self.ln_f(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        if cache is not None:
+            cache.advance(row_lengths)
+        return x
+
+    def _context(
+        self, embeddings: Tensor, row_lengths: Sequence[int], cache: KVCache | None, alphas: Sequence[float] | None
+    ) -> AttentionContext:
+        (batch, columns), device = embeddings.shape[:2], embeddings.device
+        config, stretch = self.config, self.config.use_dynamic_ntk and not self.training
+        starts = [0] * batch if cache is None else cache.host_lengths.tolist()
+        self._check_lengths(batch, columns, row_lengths, cache, starts)
+        positions = torch.arange(columns, device=device)[None]  # [1,T], or [B,T] once a cache says where rows begin
+        slots = mask = None
+        bucket = max(starts) + columns
+        if cache is None:
+            if alphas is None:
+                alphas = [ntk_alpha(n, config.seq_length) if stretch else 1.0 for n in row_lengths]
+            frequencies = self._frequencies(alphas, device)
+        else:
+            cache.declare(row_lengths, dynamic_ntk=stretch)
+            positions = cache.lengths[:, None] + positions
+            frequencies = cache.frequencies
+            same_start = len(set(starts)) == 1
+            slots = positions[0] if same_start else positions
+            if max(starts) > 0 and not (same_start and columns == 1):
+                looking = positions[:1] if same_start else positions
+                mask = torch.arange(bucket, device=device) <= looking[:, None, :, None]  # [1 or B,1,T,bucket]
+        cos, sin = rotary_tables(positions, frequencies)
+        logn = None
+        if config.use_logn_attn and not self.training and bucket > config.seq_length:
+            logn = logn_factors(positions, config.seq_length)[:, :, None, None].type_as(embeddings)
+        causal = mask is None and max(starts) == 0 and columns > 1
+        return AttentionContext(cos, sin, logn, mask, causal, cache, slots, bucket)
+
+    def _frequencies(self, alphas: Sequence[float], device: torch.device) -> Tensor:
+        """[B,D/2], or [1,D/2] where all rows share one alpha."""
+        config = self.config
+        rows = alphas[:1] if len(set(alphas)) == 1 else alphas
+        return torch.stack([inverse_frequencies(config.kv_channels, config.rotary_emb_base, a, device) for a in rows])
+
+    def _check_lengths(
+        self, batch: int, columns: int, row_lengths: Sequence[int], cache: KVCache | None, starts: list[int]
+    ) -> None:
+        longest = max(start + new for start, new in zip(starts, row_lengths, strict=False))
+        if longest > self.config.max_position_embeddings:
+            raise PromptError(
+                f"{longest} tokens are more than the model's {self.config.max_position_embeddings} positions "
+                "(max_position_embeddings); shorten the prompt or the history"
+            )
+        if cache is None:
+            return
+        if cache.batch != batch:
+            raise CacheError(f"the cache has {cache.batch} rows but the input has {batch}")
+        if max(starts) + columns > cache.max_length:
+            raise CacheError(
+                f"the cache has {cache.max_length} slots a row, but {max(starts)} are taken and {columns} more were "
+                "given; allocate a longer one"
+            )

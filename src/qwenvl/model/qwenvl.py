@@ -1,0 +1,243 @@
+"""Qwen-VL: pixels and ids in, logits out.
+
+    pixels [N,3,S,S]  --visual-->  [N,P,W]  --resampler-->  features [N,Q,C]
+    input_ids [B,T]   --wte-->     [B,T,C], where each <img> Q ids </img> span receives one image's features
+      decoder                      [B,T,C]
+      lm_head                      logits [B,T,V]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QwenVLConfig
+from ..errors import PromptError
+from .cache import KVCache
+from .decoder import Decoder
+from .resampler import Resampler
+from .vision import VisionTower
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `forward` returns when more than logits is asked for; columns are those of the input.
+
+    Attributes:
+        logits: [B,T,V].
+        hidden_states: L + 1 tensors [B,T,C]: the residual stream before each block, then the final norm's output.
+        attentions: L tensors [B,H,T,S] float32, rows sum to one; S is the input's columns, or the cache's slots.
+    """
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class QwenVL(nn.Module):
+    """The whole model of arXiv 2308.12966. Stateless between calls: what lasts is in the caller's `KVCache`.
+
+    A new one has the initial weights of training from scratch; `qwenvl.load` fills one with a checkpoint's.
+    """
+
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.visual)
+        self.resampler = Resampler(config.visual)
+        self.decoder = Decoder(config)
+        self.initialize()
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Visual tokens [N,Q,C] of pixels [N,3,S,S] (from `qwenvl.preprocess`; moved to the model's device and dtype).
+
+        Raises PromptError if the pixels have another shape.
+        """
+        size = self.config.visual.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
+            raise PromptError(f"pixels must be [N,3,{size},{size}], not {list(pixels.shape)}")
+        return self.resampler(self.visual(pixels.to(self.visual.conv1.weight)))
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None = None,
+        image_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings [B,T,C] of a prompt's ids [B,T], every `<img>` span filled with its image's features.
+
+        Images are given as pixels [N,3,S,S] or as features [N,Q,C], in reading order, row by row. Raises PromptError if
+        spans and images do not match, or a span has not exactly Q ids between its tags.
+        """
+        return self._fill_spans(self._look_up(input_ids), input_ids, pixels, image_features, attention_mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        pixels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        image_features: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        return_hidden: bool = False,
+        return_attentions: bool = False,
+        ntk_alpha: float | Sequence[float] | None = None,
+    ) -> Tensor | Output:
+        """Logits [B,T,V] of ids [B,T]; an `Output` when hidden states or attention maps are asked for.
+
+        Args:
+            input_ids: [B,T]. May be None if `embeddings` are given.
+            pixels: [N,3,S,S], the images of all rows in reading order.
+            attention_mask: [B,T], true or 1 at real tokens; None means that all are. Padding may stand on any side.
+            cache: receives the keys and values of the real tokens, and provides those of earlier calls.
+            image_features: [N,Q,C] from `encode_images`, in place of pixels.
+            embeddings: [B,T,C] in place of the token table's rows.
+            logits_to_keep: return the last so many columns of logits only, and save the head's work on the others.
+            return_hidden: also return the residual stream.
+            return_attentions: also return attention maps, computed without the fused kernel.
+            ntk_alpha: replaces the dynamic-NTK alpha of the rows' lengths, one number or one a row. Not with a cache,
+                whose rows have their own.
+
+        Every row computes what it would compute alone: its NTK alpha and log-n factors come from its own real tokens.
+        (The reference takes the padded length, so it differs for padded rows of more than `seq_length` tokens.)
+        Neither applies in training mode. `<img>` starts an image span in a prompt only: with images given, or while the
+        cache is empty or absent. In a later step every tag is an ordinary id.
+        Raises PromptError for shapes, spans or lengths that do not fit, CacheError for a cache that does not.
+        """
+        if embeddings is None:
+            if input_ids is None:
+                raise PromptError("forward needs input_ids or embeddings")
+            x, may_have_spans = self._look_up(input_ids), cache is None or cache.is_empty
+        else:
+            x, may_have_spans = embeddings.to(self.decoder.wte.weight), False
+            if input_ids is not None and input_ids.shape != x.shape[:2]:
+                raise PromptError(f"embeddings are {list(x.shape)} but input_ids are {list(input_ids.shape)}")
+        if may_have_spans or pixels is not None or image_features is not None:
+            x = self._fill_spans(x, input_ids, pixels, image_features, attention_mask)
+        batch, columns = x.shape[:2]
+        alphas = None if ntk_alpha is None else self._alphas(ntk_alpha, batch, cache)
+        order, row_lengths = _left_alignment(attention_mask, batch, columns)
+        if order is not None:
+            x = _take_columns(x, order)
+        hidden: list[Tensor] | None = [] if return_hidden else None
+        maps: list[Tensor] | None = [] if return_attentions else None
+        x = self.decoder(x, row_lengths, cache=cache, alphas=alphas, hidden_states=hidden, maps=maps)
+        if order is not None:  # back to the caller's columns
+            back = order.argsort(dim=1)
+            x = _take_columns(x, back)
+            hidden = hidden and [_take_columns(h, back) for h in hidden]
+            maps = maps and [_restore_map(m, back, keys_too=cache is None) for m in maps]
+        logits = self.decoder.lm_head(x if logits_to_keep is None else x[:, -logits_to_keep:])
+        if hidden is None and maps is None:
+            return logits
+        return Output(logits, None if hidden is None else tuple(hidden), None if maps is None else tuple(maps))
+
+    def _look_up(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise PromptError(f"input_ids must be [B,T] with at least one token, not {list(input_ids.shape)}")
+        return self.decoder.wte(input_ids)
+
+    def _fill_spans(
+        self,
+        embeddings: Tensor,
+        input_ids: Tensor | None,
+        pixels: Tensor | None,
+        image_features: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """`embeddings` [B,T,C] with the features of the n-th image in the n-th `<img>` span."""
+        if pixels is not None and image_features is not None:
+            raise PromptError("give pixels or image_features, not both")
+        spans = [] if input_ids is None else self._find_spans(input_ids, attention_mask)
+        images = pixels if image_features is None else image_features
+        if len(spans) != (0 if images is None else len(images)):
+            count = 0 if images is None else len(images)
+            raise PromptError(f"the prompt has {len(spans)} image spans but {count} images were given")
+        if images is None or not spans:
+            return embeddings
+        features = self.encode_images(images) if image_features is None else image_features.to(embeddings)
+        n_queries, width = self.config.visual.n_queries, self.config.hidden_size
+        if features.shape[1:] != (n_queries, width):
+            raise PromptError(f"image_features must be [N,{n_queries},{width}], not {list(features.shape)}")
+        start = torch.tensor(spans, device=embeddings.device)  # [N,2]: row, first column inside the span
+        columns = start[:, 1:] + torch.arange(n_queries, device=embeddings.device)  # [N,Q]
+        return embeddings.index_put((start[:, :1], columns), features)
+
+    def _find_spans(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[int, int]]:
+        """Row and first inner column of every image span, in reading order. Ids inside a span do not matter."""
+        config = self.config.visual
+        starts = input_ids == config.image_start_id
+        if attention_mask is not None:
+            starts &= attention_mask.bool()
+        spans: list[tuple[int, int]] = []
+        inside_until = (-1, -1)
+        for row, column in starts.nonzero().tolist():
+            if (row, column) <= inside_until:
+                continue
+            end = column + 1 + config.n_queries
+            if end >= input_ids.shape[1] or input_ids[row, end] != config.image_end_id:
+                ends = (input_ids[row, column:] == config.image_end_id).nonzero()
+                width = f"{int(ends[0]) - 1} ids wide" if len(ends) else "not closed"
+                raise PromptError(
+                    f"the image span at row {row}, column {column} is {width}; between <img> (id {config.image_start_id}) "
+                    f"and </img> (id {config.image_end_id}) there must be {config.n_queries} ids"
+                )
+            spans.append((row, column + 1))
+            inside_until = (row, end)
+        return spans
+
+    def _alphas(self, ntk_alpha: float | Sequence[float], batch: int, cache: KVCache | None) -> list[float]:
+        if cache is not None:
+            raise PromptError("ntk_alpha cannot be given with a cache: its rows keep the alpha of their prompts")
+        alphas = [float(ntk_alpha)] * batch if isinstance(ntk_alpha, (int, float)) else [float(a) for a in ntk_alpha]
+        if len(alphas) != batch or not all(math.isfinite(a) and a >= 1 for a in alphas):
+            raise PromptError(f"ntk_alpha must be one number from 1 up, or one for each of {batch} rows, not {alphas}")
+        return alphas
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initial weights of training from scratch, from torch's default generator: normal with `initializer_range`,
+        output projections of the decoder scaled down by sqrt(2 L), no biases, the resampler's sine-cosine table."""
+        spread = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            elif name.startswith("decoder.") and name.endswith("c_proj.weight"):
+                parameter.normal_(std=spread / math.sqrt(2 * self.config.num_hidden_layers))
+            else:
+                parameter.normal_(std=spread)
+        self.resampler.initialize_positions()
+
+
+def _left_alignment(attention_mask: Tensor | None, batch: int, columns: int) -> tuple[Tensor | None, list[int]]:
+    """The order [B,T] that moves each row's real columns to its left end, None if they are there; real tokens per row."""
+    if attention_mask is None:
+        return None, [columns] * batch
+    if attention_mask.shape != (batch, columns):
+        raise PromptError(f"attention_mask is {list(attention_mask.shape)} but the input is {[batch, columns]}")
+    padding = ~attention_mask.bool()
+    row_lengths = [columns - n for n in padding.sum(dim=1).tolist()]
+    if min(row_lengths) == columns:
+        return None, row_lengths
+    return padding.to(torch.uint8).argsort(dim=1, stable=True), row_lengths
+
+
+def _take_columns(x: Tensor, order: Tensor) -> Tensor:
+    """x [B,T,C] with row b's columns in the order [B,T]."""
+    return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def _restore_map(weights: Tensor, back: Tensor, *, keys_too: bool) -> Tensor:
+    """An attention map [B,H,T,S] back in the caller's columns; keys too, unless they are a cache's slots."""
+    batch, heads, queries, keys = weights.shape
+    weights = weights.gather(2, back[:, None, :, None].expand(batch, heads, queries, keys))
+    return weights.gather(3, back[:, None, None, :].expand(batch, heads, queries, keys)) if keys_too else weights
