@@ -23,7 +23,7 @@ from .rope import inverse_frequencies, logn_factors, ntk_alpha, rotary_tables, r
 class AttentionContext:
     """What all layers of one forward share."""
 
-    cos: Tensor  # [B,1,T,1,D/2] float32
+    cos: Tensor  # [B,1,T,1,D] float32
     sin: Tensor
     logn: Tensor | None  # [B,T,1,1] in the activations' dtype
     mask: Tensor | None  # [1 or B,1,T,bucket] bool, true where a query may look
@@ -50,9 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,C] to [...,C]."""
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
 class Attention(nn.Module):

@@ -30,21 +30,23 @@ def inverse_frequencies(head_size: int, base: float, alpha: float = 1.0, device:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [B,1,T,1,D/2] float32, for positions [B,T] and inverse frequencies [B,D/2].
+    """Cosines and signed sines, each [B,1,T,1,D] float32, for positions [B,T] and inverse frequencies [B,D/2].
 
-    The two axes of size 1 stand for query-or-key and for the heads.
+    The two axes of size 1 stand for query-or-key and for the heads. The sines of the first half are negated, which is
+    the sign of (-x2, x1) below.
     """
     angles = positions[:, :, None] * frequencies[:, None, :]
-    return angles.cos()[:, None, :, None], angles.sin()[:, None, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1)[:, None, :, None], torch.cat((-sin, sin), -1)[:, None, :, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i against channel i + D/2 (the "half-split" form). x and the result: [B,2,T,H,D].
+    """Rotate channel i against channel i + D/2: x cos + (-x2, x1) sin, the "half-split" form. x and result [B,2,T,H,D].
 
     Computed in float32 and cast back, as in the reference.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    y = x.float()
+    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 def logn_factors(positions: Tensor, seq_length: int) -> Tensor:
