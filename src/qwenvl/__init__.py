@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .errors import QwenVLError
     from .generation.sampling import SamplingOptions
     from .image import preprocess
+    from .loading import load
     from .model.cache import KVCache
     from .model.qwenvl import QwenVL
-    from .pipeline import Pipeline, load
+    from .pipeline import Pipeline
     from .text.boxes import Box
     from .text.prompt import Turn, parse_tagged
     from .text.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ _HOMES = {
     "SamplingOptions": ".generation.sampling",
     "Tokenizer": ".text.tokenizer",
     "Turn": ".text.prompt",
-    "load": ".pipeline",
+    "load": ".loading",
     "parse_tagged": ".text.prompt",
     "preprocess": ".image",
 }

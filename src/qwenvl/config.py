@@ -114,7 +114,7 @@ class VisionConfig:
         _require(self.width % self.heads == 0, f"width {self.width} must be a multiple of heads {self.heads}")
         _require(
             self.output_dim >= RESAMPLER_HEAD_SIZE and self.output_dim % self.resampler_heads == 0,
-            f"output_dim {self.output_dim} must be at least {RESAMPLER_HEAD_SIZE} and divide by output_dim // {RESAMPLER_HEAD_SIZE}",
+            f"output_dim {self.output_dim} must be from {RESAMPLER_HEAD_SIZE} up and divide into the resampler's heads",
         )
         _require(self.output_dim % 4 == 0, f"output_dim {self.output_dim} must be a multiple of 4")
         _require(
@@ -222,7 +222,7 @@ class QwenVLConfig:
         )
         _require(
             self.visual.image_pad_id < self.vocab_size,
-            f"visual.image_start_id {self.visual.image_start_id} leaves no room for </img> and <imgpad> in vocab_size {self.vocab_size}",
+            f"visual.image_start_id {self.visual.image_start_id} plus 2 must be below vocab_size {self.vocab_size}",
         )
         # No published checkpoint sets these otherwise, and the reference's own code for the other values is untested.
         only = {

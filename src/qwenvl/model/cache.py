@@ -133,29 +133,34 @@ class KVCache:
             prompt_length = length if prompt_lengths is None else prompt_lengths[row]
             if length == 0:
                 self.alphas[row] = 0
-            elif not self.fits(row, prompt_length):
+            elif self.alphas[row] and not self.fits(row, prompt_length):
                 warnings.warn(
-                    f"row {row} keeps NTK alpha {self.alphas[row]:g} after a rewind to {length} tokens, but a prompt of "
-                    f"{prompt_length} tokens has alpha {self._alpha_for(prompt_length):g}; rewind to 0 to prefill anew",
+                    f"row {row} keeps NTK alpha {self.alphas[row]:g} after a rewind to {length} tokens, but a prompt "
+                    f"of {prompt_length} has alpha {self._alpha_for(prompt_length):g}; rewind to 0 to prefill anew",
                     stacklevel=2,
                 )
         self.host_lengths.copy_(torch.tensor(lengths))
         self.lengths.copy_(self.host_lengths)
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row b becomes what row `rows[b]` was, in place: how beam search keeps its best hypotheses."""
+    def reorder(self, rows: Sequence[int]) -> KVCache:
+        """Row b becomes what row `rows[b]` was, in place: how beam search keeps, spreads and drops its hypotheses.
+
+        Returns a view of these rows, which are the first len(rows).
+        """
         index = torch.tensor(rows, device=self.keys.device)
-        longest = int(self.host_lengths.max())
-        for store in (self.keys, self.values):
-            for layer in store[:, :, :, :longest]:  # layer by layer, so that only one layer is ever held twice
-                layer.copy_(layer[index])
-        self.lengths.copy_(self.lengths[index])
-        self.frequencies.copy_(self.frequencies[index])
-        self.host_lengths.copy_(self.host_lengths[list(rows)])
-        self.alphas.copy_(self.alphas[list(rows)])
+        view = self.rows(slice(len(rows)))
+        longest = int(self.host_lengths[index.cpu()].max())
+        for store, target in ((self.keys, view.keys), (self.values, view.values)):
+            for old, new in zip(store, target, strict=True):  # layer by layer, so that only one is ever held twice
+                new[:, :, :longest] = old[index, :, :longest]
+        for name in ("lengths", "frequencies"):
+            getattr(view, name).copy_(getattr(self, name)[index])
+        for name in ("host_lengths", "alphas"):
+            getattr(view, name).copy_(getattr(self, name)[index.cpu()])
+        return view
 
     def append(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B,H,T,D] of one layer and return that layer's first `bucket` slots, [B,H,bucket,D] views.
+        """Write keys and values [B,H,T,D] of one layer; return views of its first `bucket` slots, [B,H,bucket,D].
 
         slots: [T] where all rows are equally long, else [B,T]. Lengths do not change until `advance`.
         """

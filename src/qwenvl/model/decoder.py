@@ -41,7 +41,7 @@ class AttentionContext:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: normalised in float32, cast back, then multiplied by the weight, in the reference's order."""
+    """Root-mean-square norm: in float32, cast back, then multiplied by the weight, in the reference's order."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()

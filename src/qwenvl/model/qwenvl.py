@@ -1,9 +1,9 @@
 """Qwen-VL: pixels and ids in, logits out.
 
-    pixels [N,3,S,S]  --visual-->  [N,P,W]  --resampler-->  features [N,Q,C]
-    input_ids [B,T]   --wte-->     [B,T,C], where each <img> Q ids </img> span receives one image's features
-      decoder                      [B,T,C]
-      lm_head                      logits [B,T,V]
+pixels [N,3,S,S]  --visual-->  [N,P,W]  --resampler-->  features [N,Q,C]
+input_ids [B,T]   --wte-->     [B,T,C], where each <img> Q ids </img> span receives one image's features
+  decoder                      [B,T,C]
+  lm_head                      logits [B,T,V]
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ class QwenVL(nn.Module):
                 ends = (input_ids[row, column:] == config.image_end_id).nonzero()
                 width = f"{int(ends[0]) - 1} ids wide" if len(ends) else "not closed"
                 raise PromptError(
-                    f"the image span at row {row}, column {column} is {width}; between <img> (id {config.image_start_id}) "
-                    f"and </img> (id {config.image_end_id}) there must be {config.n_queries} ids"
+                    f"the image span at row {row}, column {column} is {width}; between <img> ({config.image_start_id}) "
+                    f"and </img> ({config.image_end_id}) there must be {config.n_queries} ids"
                 )
             spans.append((row, column + 1))
             inside_until = (row, end)
@@ -203,8 +203,10 @@ class QwenVL(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Initial weights of training from scratch, from torch's default generator: normal with `initializer_range`,
-        output projections of the decoder scaled down by sqrt(2 L), no biases, the resampler's sine-cosine table."""
+        """Draw the weights that training from scratch begins with, from torch's default generator.
+
+        Normal with `initializer_range`, the decoder's output projections divided by sqrt(2 L), biases zero, norms one.
+        """
         spread = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -219,7 +221,7 @@ class QwenVL(nn.Module):
 
 
 def _left_alignment(attention_mask: Tensor | None, batch: int, columns: int) -> tuple[Tensor | None, list[int]]:
-    """The order [B,T] that moves each row's real columns to its left end, None if they are there; real tokens per row."""
+    """The order [B,T] that moves each row's real columns to its left, None if all are real; real tokens per row."""
     if attention_mask is None:
         return None, [columns] * batch
     if attention_mask.shape != (batch, columns):
@@ -232,7 +234,7 @@ def _left_alignment(attention_mask: Tensor | None, batch: int, columns: int) -> 
 
 
 def _take_columns(x: Tensor, order: Tensor) -> Tensor:
-    """x [B,T,C] with row b's columns in the order [B,T]."""
+    """Columns of x [B,T,C], row by row in the order [B,T]."""
     return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[-1]))
 
 

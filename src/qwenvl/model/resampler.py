@@ -1,9 +1,9 @@
 """The resampler: patch features to a fixed number of visual tokens by one cross-attention (paper section 2.1).
 
-    patches [N,P,W]  --kv_proj, ln_kv-->  [N,P,C]   keys = this + positions of the patch grid; values = this
-    query [Q,C]      --ln_q----------->   [Q,C]     queries = this + positions of the query grid
-      attention                           [N,Q,C]
-      ln_post, proj                       [N,Q,C]
+patches [N,P,W]  --kv_proj, ln_kv-->  [N,P,C]   keys = this + positions of the patch grid; values = this
+query [Q,C]      --ln_q----------->   [Q,C]     queries = this + positions of the query grid
+  attention                           [N,Q,C]
+  ln_post, proj                       [N,Q,C]
 """
 
 import math
@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [Q,C], shared by all images; key and value [N,P,C]; result [N,Q,C]."""
+        """From query [Q,C], shared by all images, and key and value [N,P,C] to [N,Q,C]."""
         projected = [
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [..., H, tokens, D]
             for x, weight, bias in zip(
@@ -80,7 +80,7 @@ class Resampler(nn.Module):
             self.pos_embed.copy_(sincos_positions(side, self.pos_embed.shape[1]))
 
     def attend(self, patches: Tensor) -> Tensor:
-        """Patch features [N,P,W] to [N,Q,C], before the output projection. Positions go to queries and keys, not values."""
+        """Patch features [N,P,W] to [N,Q,C], before the output projection. Values carry no positions."""
         values = self.ln_kv(self.kv_proj(patches))
         keys = values + resize_positions(self.pos_embed, self.grid)
         return self.attn(self.ln_q(self.query) + self.pos_embed, keys, values)

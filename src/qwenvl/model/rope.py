@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def ntk_alpha(length: int, seq_length: int) -> float:
-    """Dynamic-NTK alpha of a prompt of `length` tokens: 1 up to `seq_length`, then 3, 7, 15, ... as each doubling begins."""
+    """Dynamic-NTK alpha of a prompt of `length` tokens: 1 up to `seq_length`, then 3, 7, 15 as each doubling begins."""
     if length <= seq_length:
         return 1.0
     return 2.0 ** math.ceil(math.log2(length / seq_length) + 1) - 1
@@ -50,5 +50,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def logn_factors(positions: Tensor, seq_length: int) -> Tensor:
-    """log(i) / log(seq_length) where the 1-based position i is beyond `seq_length`, else 1. positions [B,T] from 0; [B,T]."""
+    """log(i) / log(seq_length) where i, a position [B,T] counted from 1, is beyond `seq_length`, else 1. [B,T]."""
     return ((positions + 1).float().log() / math.log(seq_length)).clamp(min=1.0)

@@ -1,9 +1,9 @@
 """The vision tower: pixels to patch features (paper section 2.1; a ViT-bigG without class token and final norm).
 
-    pixels [N,3,S,S]
-      conv1, stride = patch                [N,W,g,g]  ->  [N,P,W], P = g x g, row by row
-      + positional_embedding, resized      [P,W]
-      ln_pre, blocks                       [N,P,W]
+pixels [N,3,S,S]
+  conv1, stride = patch                [N,W,g,g]  ->  [N,P,W], P = g x g, row by row
+  + positional_embedding, resized      [P,W]
+  ln_pre, blocks                       [N,P,W]
 """
 
 import math

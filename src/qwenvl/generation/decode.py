@@ -1,0 +1,190 @@
+"""The one decoding loop: a prompt's logits in, new ids out, step by step.
+
+    prefill          a prompt through the model and into its cache; the logits that follow it
+    decode           a generator of new ids, for every row of a batch at once
+    search           beam search over the same cache
+    score            how likely given continuations of a prompt are
+
+Blocking and streaming, chat and batch all run on these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PromptError
+from ..model.cache import KVCache
+from ..model.qwenvl import QwenVL
+from .beam import BeamOptions, Hypothesis, beam_search
+from .sampling import SamplingOptions, log_probabilities, process, require_ids, row_generators, sample, warp
+
+
+@dataclass(frozen=True)
+class NewIds:
+    """What one step added: an id for each row, None for rows that ended earlier.
+
+    `log_probabilities` are the model's own, before any processor, one for each row (meaningless where the row ended);
+    None if they were not asked for.
+    """
+
+    ids: list[int | None]
+    log_probabilities: list[float] | None = None
+
+
+@torch.no_grad()
+def prefill(
+    model: QwenVL,
+    cache: KVCache,
+    input_ids: Tensor,
+    *,
+    pixels: Tensor | None = None,
+    image_features: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Logits [B,V] that follow prompts [B,T], left-padded where `attention_mask` [B,T] is false. Fills the cache."""
+    logits: Tensor = model(
+        input_ids,
+        pixels,
+        attention_mask=attention_mask,
+        cache=cache,
+        image_features=image_features,
+        logits_to_keep=1,
+    )
+    return logits[:, -1]
+
+
+def room(cache: KVCache, options: SamplingOptions) -> int:
+    """How many new tokens the longest row of a prefilled cache may get: what is asked for, as far as positions last.
+
+    Raises PromptError if there is no position left for one.
+    """
+    longest, positions = int(cache.host_lengths.max()), cache.config.max_position_embeddings
+    if longest >= positions:
+        raise PromptError(
+            f"the prompt takes all {positions} positions of the model; shorten it to leave room to answer"
+        )
+    return min(options.max_new_tokens, positions - longest)
+
+
+@torch.no_grad()
+def decode(
+    model: QwenVL,
+    cache: KVCache,
+    logits: Tensor,
+    history: Tensor,
+    options: SamplingOptions,
+    *,
+    history_mask: Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    should_stop: Callable[[int, int], bool] | None = None,
+    n_vocab: int | None = None,
+    with_log_probabilities: bool = False,
+) -> Iterator[NewIds]:
+    """Yield the ids that follow, until every row has stopped.
+
+    Args:
+        logits: [B,V], from `prefill`.
+        history: the prompts [B,T], for repetition penalty and n-grams; `history_mask` [B,T] is false on padding.
+        stop_ids: a row ends with the first of them (and it is yielded).
+        should_stop: `should_stop(row, id)` ends a row after this id; how stop strings are found.
+        n_vocab: ids from here up do not exist for the tokenizer and are never emitted.
+
+    A row also ends after `max_new_tokens`; all end where the longest runs out of the model's positions. Rows that have
+    ended are stepped along, unseen, until the last ends. The cache then holds the prompt and all new ids but the last.
+    Raises QwenVLError if a row has no id to choose.
+    """
+    width, limit = history.shape[1], room(cache, options)
+    rows = range(len(logits))
+    generators = row_generators(options.seed, len(logits), logits.device) if options.do_sample else None
+    text = torch.nn.functional.pad(history, (0, limit))
+    mask = torch.ones_like(text, dtype=torch.bool)
+    if history_mask is not None:
+        mask[:, :width] = history_mask.bool()
+    going = set(rows)
+    for n_generated in range(limit):
+        so_far = width + n_generated
+        scores = process(
+            logits,
+            text[:, :so_far],
+            options,
+            n_generated=n_generated,
+            stop_ids=stop_ids,
+            history_mask=mask[:, :so_far],
+            n_vocab=n_vocab,
+        )
+        if options.do_sample:
+            scores = warp(scores, options)
+        ids = sample(scores, generators)
+        chosen = ids.tolist()
+        require_ids([id_ if row in going else 0 for row, id_ in enumerate(chosen)])
+        ids = ids.clamp(min=0)  # an ended row may have had nothing to choose
+        told = log_probabilities(logits, ids).tolist() if with_log_probabilities else None
+        yield NewIds([chosen[row] if row in going else None for row in rows], told)
+        going -= {
+            row
+            for row in going
+            if chosen[row] in stop_ids or (should_stop is not None and should_stop(row, chosen[row]))
+        }
+        if not going or n_generated + 1 == limit:
+            return
+        text[:, so_far] = ids
+        logits = model(ids[:, None], cache=cache, logits_to_keep=1)[:, -1]
+
+
+@torch.no_grad()
+def search(
+    model: QwenVL,
+    cache: KVCache,
+    logits: Tensor,
+    history: Tensor,
+    options: SamplingOptions,
+    beams: BeamOptions,
+    *,
+    history_mask: Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    n_vocab: int | None = None,
+) -> list[list[Hypothesis]]:
+    """Beam search behind B prompts whose prefill stands in the first B of the cache's B x num_beams rows.
+
+    Arguments as in `decode`; returns, for each prompt, its best texts, best first.
+    """
+    limit = room(cache, options)
+
+    def step(rows: Tensor, ids: Tensor) -> Tensor:
+        new: Tensor = model(ids[:, None], cache=cache.reorder(rows.tolist()), logits_to_keep=1)
+        return new[:, -1]
+
+    return beam_search(
+        logits,
+        step,
+        history,
+        beams,
+        dataclasses.replace(options, max_new_tokens=limit),
+        prompt_mask=history_mask,
+        stop_ids=stop_ids,
+        n_vocab=n_vocab,
+    )
+
+
+@torch.no_grad()
+def score(model: QwenVL, cache: KVCache, logits: Tensor, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability of every id of each continuation of one prefilled prompt (cache of one row, logits [1,V]).
+
+    The prompt is prefilled once: the cache is rewound to it after each continuation, and left so. Raises PromptError
+    if a continuation is empty.
+    """
+    length = int(cache.host_lengths[0])
+    scores = []
+    for number, ids in enumerate(continuations, 1):
+        if not ids:
+            raise PromptError(f"continuation {number} is empty: there is nothing to score")
+        new = torch.tensor([list(ids)], device=logits.device)
+        rest = model(new[:, :-1], cache=cache) if len(ids) > 1 else logits[:, None][:, :0]
+        scores.append(log_probabilities(torch.cat((logits[:, None], rest), dim=1), new)[0].tolist())
+        cache.rewind([length], prompt_lengths=[length])
+    return scores

@@ -1,0 +1,230 @@
+"""Pictures from wherever they are to the pixels that the vision tower takes.
+
+    open_image    a path, bytes, file object, PIL image, numpy array, base64, data URL or http(s) URL, as an RGB picture
+    preprocess    the same sources, resized and normalised: [3, S, S]
+    image_hash    a name for preprocessed pixels, under which caches keep what was computed from them
+
+This is the one place that reads a local file or fetches a URL on a prompt's behalf, always under an ImagePolicy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import ImageError
+from .fetch import LIBRARY_POLICY, SERVER_POLICY, ImagePolicy, fetch, read_limited, shown
+
+__all__ = [
+    "FORMATS",
+    "LIBRARY_POLICY",
+    "MEAN",
+    "SERVER_POLICY",
+    "STD",
+    "ImagePolicy",
+    "ImageSource",
+    "image_hash",
+    "open_image",
+    "preprocess",
+]
+
+# What pictures are made of out there, and no more: some of Pillow's other readers start programs or fetch files.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B on a scale of 0 to 1, as the vision tower was trained with
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# How the base64 of a PNG, JPEG, GIF or WebP begins. At this length and in this alphabet, no one has a file so named.
+BARE_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{48,}={0,2}")
+URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray[Any, Any]"
+)
+
+
+def open_image(
+    source: ImageSource, policy: ImagePolicy = LIBRARY_POLICY, *, exif_orientation: bool = False
+) -> Image.Image:
+    """The picture that `source` stands for, as a new PIL image in RGB.
+
+    source: a path; the bytes of a file, or a file object opened in binary mode, read from its start and left open; a
+        PIL image; a numpy array [height, width] or [height, width, 1, 3 or 4] of bool, uint8, uint16 or of floats from
+        0 to 1; a string that holds a data URL in base64, an http(s) URL or the base64 of a PNG, JPEG, GIF or WebP.
+    policy: what may be read, and how large it may be.
+    exif_orientation: turn the picture as its EXIF data says. The reference ignores it, so off is what it computes.
+
+    Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, told apart by their content; of an animation, the first frame.
+    Colours become RGB as Pillow's `convert("RGB")` makes them, which is the reference: alpha is dropped, not blended.
+    16 bits per channel become the upper 8 (Pillow's modes `I;16` and `I`, the latter clipped to 16 bits first).
+    Raises ImageError: not a picture, broken, empty, too large, not allowed, not to be fetched.
+    """
+    if isinstance(source, Image.Image):
+        with _decoding("the PIL image"):  # which may not have read its file yet
+            return _to_rgb(source, "the PIL image", policy, exif_orientation)
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source), "the array", policy, exif_orientation=False)
+    data, name = _read(source, policy)
+    if not data:
+        raise ImageError(f"{name} is empty: it holds no picture")
+    with _decoding(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return _to_rgb(image, name, policy, exif_orientation)
+
+
+def preprocess(
+    image: ImageSource, size: int, policy: ImagePolicy = LIBRARY_POLICY, *, exif_orientation: bool = False
+) -> Tensor:
+    """Pixels for the vision tower: float32 [3, S, S] with S = `size`, the configuration's `visual.image_size`.
+
+    As the reference: resized to a square without regard to the aspect ratio, with Pillow's bicubic filter on 8-bit
+    RGB, then scaled to 0..1 and normalised by MEAN and STD. Arguments and errors are those of `open_image`.
+    """
+    if size < 1:
+        raise ImageError(f"size must be at least 1 pixel, not {size}")
+    picture = open_image(image, policy, exif_orientation=exif_orientation)
+    resized = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))  # [S, S, 3]
+    pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32) / 255  # [3, S, S]
+    return ((pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous()
+
+
+def image_hash(pixels: Tensor) -> str:
+    """SHA-256, in hex, of what `preprocess` returned: equal for equal pixels, wherever the picture came from."""
+    return hashlib.sha256(pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _read(source: object, policy: ImagePolicy) -> tuple[bytes, str]:
+    """The bytes of an encoded picture, and what to call it in a message."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if memoryview(source).nbytes > policy.max_bytes:
+            raise ImageError(f"the picture is larger than the limit of {policy.max_bytes} bytes: send a smaller one")
+        return bytes(source), "the picture"
+    if isinstance(source, str):
+        text = source.strip()
+        if text[:5].lower() == "data:":
+            return _from_data_url(text, policy), "the data URL's picture"
+        if BARE_BASE64.fullmatch(text):
+            return _from_base64(text, policy), "the picture in base64"
+        if URL_SCHEME.match(text):
+            return fetch(text, policy), f"the picture at {shown(text)}"
+    if isinstance(source, (str, os.PathLike)):
+        return _read_file(Path(source), policy), shown(str(source))
+    if hasattr(source, "read"):
+        return _read_file_object(source, policy), "the file object"
+    raise ImageError(
+        f"a picture is a path, bytes, file object, PIL image, numpy array or URL, not {type(source).__name__}"
+    )
+
+
+def _read_file(path: Path, policy: ImagePolicy) -> bytes:
+    name = shown(str(path))
+    if not policy.allow_files:
+        raise ImageError("local files are not read here: send the picture itself, as bytes or as a data URL")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device might never end
+            raise ImageError(f"{name} is not a file")
+        with path.open("rb") as file:
+            return read_limited(file.read, policy.max_bytes, name)
+    except OSError as error:
+        raise ImageError(f"cannot read {name}: {error.strerror}") from None
+    except ValueError as error:  # a null character in the path
+        raise ImageError(f"cannot read {name}: {error}") from None
+
+
+def _read_file_object(file: Any, policy: ImagePolicy) -> bytes:  # noqa: ANN401 - whatever has a `read`
+    try:
+        if hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable()):
+            file.seek(0)  # as Pillow does: the same object can be given twice
+        return read_limited(file.read, policy.max_bytes, "the file object")
+    except TypeError:
+        raise ImageError("the file object gives no bytes: open the file with mode 'rb'") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot read the file object: {error}") from None
+
+
+def _from_data_url(url: str, policy: ImagePolicy) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().rstrip().endswith(";base64"):
+        raise ImageError("a picture's data URL looks like data:image/png;base64,...")
+    return _from_base64(payload, policy)
+
+
+def _from_base64(text: str, policy: ImagePolicy) -> bytes:
+    # Measured before it is decoded; line breaks count too.
+    if (len(text) - text[-2:].count("=")) * 3 // 4 > policy.max_bytes:
+        raise ImageError(f"the base64 is over the limit of {policy.max_bytes} bytes of picture: send a smaller one")
+    try:
+        packed = b"".join(unquote_to_bytes(text).split())
+        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+    except ValueError as error:
+        raise ImageError(f"the picture's base64 cannot be decoded: {error}") from None
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Pillow at work: its warnings (large pictures, which `_to_rgb` refuses, odd metadata) silent, its errors ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ImageError:
+            raise
+        except UnidentifiedImageError:
+            raise ImageError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
+        except Image.DecompressionBombError:
+            raise ImageError(f"{name} has too many pixels: send a smaller one") from None
+        except Exception as error:  # on damaged files, decoders raise whatever they stumbled over
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"{name} cannot be decoded: {reason}") from None
+
+
+def _to_rgb(image: Image.Image, name: str, policy: ImagePolicy, exif_orientation: bool) -> Image.Image:
+    """A new 8-bit RGB image. The size comes from the header, so nothing too large is ever decoded."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has no pixels: it is {width} x {height}")
+    if width * height > policy.max_pixels:
+        raise ImageError(
+            f"{name} is {width} x {height}, over the limit of {policy.max_pixels} pixels: send a smaller one"
+        )
+    if exif_orientation:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_array(np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16))
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    """The picture in an array [height, width] or [height, width, channels]."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"an array of shape {array.shape} is no picture: it takes [height, width] or [height, width, 1, 3 or 4]"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"an array of shape {array.shape} has no pixels")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # which NaN is not either
+            raise ImageError("an array of floats must be in 0..1: scale it, or convert it to uint8")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageError(f"an array of {array.dtype} is no picture: convert it to uint8, in 0..255")
+    return Image.fromarray(np.ascontiguousarray(array))

@@ -1,0 +1,119 @@
+"""From a checkpoint's name to a pipeline.
+
+load   resolve the name, build the model on the meta device, adapt it, and put the tensors in one by one
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .adapt.int4 import quantize_structure
+from .config import GenerationConfig
+from .draw import FONT_FILE
+from .errors import ConfigError
+from .model.qwenvl import QwenVL
+from .pipeline import Pipeline
+from .text.tokenizer import VOCABULARY_FILE, Tokenizer
+from .weights.checkpoint import Checkpoint, load_into
+from .weights.hub import resolve
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name: str | Path = "tiny",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    quiet: bool = False,
+) -> Pipeline:
+    """Load a checkpoint, ready to be asked.
+
+    Args:
+        name: a hub id ("Qwen/Qwen-VL-Chat", "modelscope:qwen/Qwen-VL-Chat"), a folder in the reference's layout or
+            ours, or "tiny", the small checkpoint that comes with the library.
+        device: "auto" (CUDA, else MPS, else the CPU) or a torch device.
+        dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
+            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
+        revision, cache_dir: of the hub download.
+        quiet: no progress bars and no remarks.
+
+    The model is built on the meta device and its tensors are put in one by one, so memory never holds them twice.
+    Raises CheckpointError or ConfigError.
+    """
+    folder = resolve(name, revision=revision, cache_dir=cache_dir, quiet=quiet)
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    device = _choose_device(device)
+    dtype = _choose_dtype(dtype, device, checkpoint, quiet)
+    with torch.device("meta"):
+        model = QwenVL(config)
+        if config.quantization_config is not None:
+            quantize_structure(model, config)
+    load_into(model, checkpoint, dtype=dtype, device=device, quiet=quiet)
+    tokenizer = Tokenizer(folder) if (folder / VOCABULARY_FILE).is_file() else None
+    if tokenizer is not None and tokenizer.image_start_id != config.visual.image_start_id:
+        raise ConfigError(
+            f"{folder}: visual.image_start_id is {config.visual.image_start_id} in config.json, but <img> is "
+            f"{tokenizer.image_start_id} in {VOCABULARY_FILE}"
+        )
+    font = folder / FONT_FILE
+    return Pipeline(
+        model.eval(), tokenizer, GenerationConfig.load(folder), name=str(name), font=font if font.is_file() else None
+    )
+
+
+def _choose_device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"device {device!r} is not one; use auto, cpu, cuda, cuda:1 or mps") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Checkpoint, quiet: bool) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype != "auto":
+        if str(dtype) in DTYPES:
+            return DTYPES[str(dtype)]
+        raise ConfigError(f"dtype {dtype!r} is not one; use auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        # Asked of the hardware: newer torch also says yes where bfloat16 is only emulated.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    needed = sum(
+        4 * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
+        for entry in checkpoint.entries
+    )
+    free = _free_memory()
+    if free is None or needed < free:
+        return torch.float32
+    if not quiet:
+        tqdm.write(
+            f"float32 would take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: loading as bfloat16, which is "
+            "half of it and slower on most CPUs"
+        )
+    return torch.bfloat16
+
+
+def _free_memory() -> int | None:
+    """Bytes of memory that new allocations can get without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None

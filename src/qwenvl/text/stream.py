@@ -1,0 +1,64 @@
+"""A reply as it is generated: text that can be shown now, and nothing that would have to be taken back.
+
+ReplyStream   ids in, deltas out; knows stop strings and stripping
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import PromptError
+from .tokenizer import StreamDecoder, Tokenizer
+
+
+class ReplyStream:
+    """Turns new ids into deltas whose join is the decoded text before the first stop string, stripped if `strip`.
+
+    Held back until it is clear that they belong to the reply: half a character, what may be the beginning of a stop
+    string, and (if `strip`) white space that may be the last. Raises PromptError for an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise PromptError(f"stop strings must be texts of at least one character, not {list(stop)!r}")
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop, self._strip = tuple(stop), strip
+        self._held = ""
+        self._begun = False
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that this id makes certain, maybe none. `stopped` is true once a stop string is complete."""
+        return self._release(self._decoder.push(token_id))
+
+    def flush(self) -> str:
+        """What is left when no more ids come."""
+        delta = self._release(self._decoder.flush()) + self._held
+        self._held = ""
+        return delta.rstrip() if self._strip else delta
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            self._held = self._held[: min(ends)]
+        if self._strip and not self._begun:
+            self._held = self._held.lstrip()
+            self._begun = bool(self._held)
+        certain = len(self._held) if self.stopped else len(self._held) - self._maybe_stop()
+        if self._strip:
+            certain = len(self._held[:certain].rstrip())
+        delta, self._held = self._held[:certain], self._held[certain:]
+        if self.stopped:
+            self._held = ""
+        return delta
+
+    def _maybe_stop(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        return max(
+            (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )

@@ -1,0 +1,516 @@
+"""qwenvl.image: every kind of source becomes the same RGB picture, and whatever is not a picture is one clear line."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from qwenvl.errors import ImageError
+from qwenvl.image import LIBRARY_POLICY, MEAN, SERVER_POLICY, STD, ImagePolicy, image_hash, open_image, preprocess
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+SMALL = ImagePolicy(max_bytes=200, max_pixels=100)
+
+
+def picture() -> Image.Image:
+    """Two rows of four different colours, so that a turn or a swap of channels shows."""
+    image = Image.new("RGB", (4, 2))
+    image.putdata([RED, GREEN, BLUE, WHITE, (10, 20, 30), (40, 50, 60), (70, 80, 90), (0, 0, 0)])
+    return image
+
+
+def encoded(image: Image.Image | None = None, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture's file."""
+    stream = io.BytesIO()
+    (image or picture()).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG as the specification has it, for the kinds that Pillow reads and does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def pixels_of(image: Image.Image) -> list[tuple[int, int, int]]:
+    """Row by row."""
+    return [tuple(int(v) for v in pixel) for pixel in np.asarray(image).reshape(-1, 3)]
+
+
+def refused(source: Any, policy: ImagePolicy = LIBRARY_POLICY) -> str:
+    """The message, which is always a single line of a sane length."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError) as caught:
+            open_image(source, policy)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 300
+    return message
+
+
+# ---- sources
+
+
+@pytest.mark.parametrize("kind", ["path", "str", "bytes", "bytearray", "memoryview", "stream", "data URL", "base64"])
+def test_every_source_of_a_file_gives_the_same_picture(kind: str, tmp_path: Path) -> None:
+    """A picture is the same wherever its file comes from."""
+    data = encoded()
+    path = tmp_path / "图片 with spaces.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    source: Any = {
+        "path": path,
+        "str": str(path),
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "memoryview": memoryview(data),
+        "stream": io.BytesIO(data),
+        "data URL": f"data:image/png;base64,{text}",
+        "base64": text,
+    }[kind]
+    image = open_image(source)
+    assert (image.mode, image.size) == ("RGB", (4, 2))
+    assert pixels_of(image) == pixels_of(picture())
+
+
+def test_pil_and_numpy_sources_are_copied() -> None:
+    """An in-memory picture gives an equal one that shares nothing with it."""
+    original = picture()
+    for source in (original, np.array(original)):
+        opened = open_image(source)
+        assert pixels_of(opened) == pixels_of(original)
+        opened.putpixel((0, 0), (1, 2, 3))
+        assert np.asarray(source)[0, 0].tolist() == list(RED)
+
+
+def test_a_file_object_is_read_from_its_start_and_stays_open() -> None:
+    """The same object can be given for two rounds of a chat."""
+    stream = io.BytesIO(encoded())
+    assert pixels_of(open_image(stream)) == pixels_of(open_image(stream)) == pixels_of(picture())
+    assert not stream.closed
+
+
+def test_an_unseekable_stream_is_read() -> None:
+    """A pipe cannot go back to its start and need not."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation("seek")
+
+    assert pixels_of(open_image(Pipe(encoded()))) == pixels_of(picture())
+
+
+def test_data_urls_as_browsers_write_and_read_them() -> None:
+    """Case, parameters, a wrong media type, line breaks, escapes and missing padding do not matter."""
+    text = base64.b64encode(encoded()).decode()
+    wrapped = "\r\n".join(text[i : i + 40] for i in range(0, len(text), 40))
+    for url in (
+        f"DATA:image/png;BASE64,{text}",
+        f"data:image/jpeg;name=a.png;base64,{text}",
+        f"data:;base64,{wrapped}",
+        f"  data:image/png;base64,{text.rstrip('=')}\n",
+        "data:image/png;base64," + text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
+    ):
+        assert pixels_of(open_image(url)) == pixels_of(picture())
+
+
+def test_no_file_is_left_open(tmp_path: Path) -> None:
+    """Neither a good file nor a broken one keeps a descriptor."""
+    descriptors = Path("/dev/fd")
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(encoded())
+    bad.write_bytes(encoded()[:60])
+    before = len(os.listdir(descriptors)) if descriptors.exists() else 0
+    kept = []
+    for _ in range(3):
+        kept.append(open_image(good))
+        refused(bad)
+    assert (len(os.listdir(descriptors)) if descriptors.exists() else 0) == before
+
+
+# ---- colours
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "F", "RGBX", "PA", "RGBa"])
+def test_modes_become_rgb_as_the_reference_converts_them(mode: str) -> None:
+    """Whatever Pillow's convert("RGB") says is what the reference computes: alpha dropped, not blended."""
+    image = picture().convert("RGBA" if mode in ("RGBa", "PA") else "RGB").convert(mode)
+    assert pixels_of(open_image(image)) == pixels_of(image.convert("RGB"))
+
+
+def test_alpha_is_dropped() -> None:
+    """A fully transparent red stays red, from a file and from an array."""
+    red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    for source in (encoded(red), encoded(red, "WEBP", lossless=True, exact=True), np.asarray(red), red):
+        assert pixels_of(open_image(source)) == [RED] * 4
+
+
+def test_palettes_with_and_without_transparency() -> None:
+    """A palette's own colours come out, its transparent entry too, and Pillow's warning about it does not."""
+    plain = picture().quantize(16)
+    for transparency in (None, 0, bytes(range(0, 160, 10))):
+        options = {} if transparency is None else {"transparency": transparency}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert pixels_of(open_image(encoded(plain, **options))) == pixels_of(plain.convert("RGB"))
+
+
+def test_sixteen_bits_keep_the_upper_eight() -> None:
+    """0x80FF is 0x80 in grey, in colour, with alpha, in PNG, TIFF and PPM, as an array: not white, and not a wrap."""
+    grey = np.array([[0, 255, 256], [0x80FF, 0xFF00, 0xFFFF]], np.uint16)
+    expected = [(v, v, v) for v in (0, 0, 1, 0x80, 0xFF, 0xFF)]
+    image = Image.fromarray(grey)
+    assert image.mode == "I;16"
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
+    sources = [image, grey, grey.astype(">u2"), encoded(image), encoded(image, "TIFF"), png(3, 2, 16, 0, raw)]
+    sources += [Image.fromarray(grey.astype(np.int32)), Image.frombytes("I;16B", (3, 2), grey.astype(">u2").tobytes())]
+    sources.append(b"P5 3 2 65535\n" + grey.astype(">u2").tobytes())
+    for source in sources:
+        assert pixels_of(open_image(source)) == expected
+    for colour, channels in ((2, 3), (6, 4), (4, 2)):
+        rows = b"".join(b"\0" + np.repeat(row[:, None], channels, 1).astype(">u2").tobytes() for row in grey)
+        assert pixels_of(open_image(png(3, 2, 16, colour, rows))) == expected
+    assert pixels_of(open_image(np.repeat(grey[:, :, None], 3, 2))) == expected
+
+
+def test_whole_numbers_beyond_sixteen_bits_are_clipped() -> None:
+    """Pillow's 32-bit mode holds 16-bit pictures; what lies outside does not wrap around."""
+    image = Image.fromarray(np.array([[-5, 70000]], np.int32))
+    assert pixels_of(open_image(image)) == [(0, 0, 0), WHITE]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.bool_, np.uint8])
+def test_arrays_of_every_accepted_type(dtype: type) -> None:
+    """0 is black and the type's one (or 255) is white; one channel and none are the same."""
+    one = 255 if dtype is np.uint8 else 1
+    array = np.array([[0, one]], dtype)
+    for source in (array, array[:, :, None], np.repeat(array[:, :, None], 3, 2), array[::-1]):
+        assert pixels_of(open_image(source)) == [(0, 0, 0), WHITE]
+
+
+def test_floats_are_rounded() -> None:
+    """0.5 of 255 is 128, not the 127 of truncation (127.5 goes to the even neighbour)."""
+    assert pixels_of(open_image(np.array([[0.5, 0.999]]))) == [(128,) * 3, WHITE]
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((2, 2), np.int64), "uint8"),
+        (np.zeros((2, 2), np.complex64), "uint8"),
+        (np.array([["a"]]), "uint8"),
+        (np.full((2, 2), 200.0), "0..1"),
+        (np.full((2, 2), -0.1), "0..1"),
+        (np.full((2, 2), np.nan), "0..1"),
+        (np.zeros((3, 8, 8), np.uint8), "shape"),
+        (np.zeros((8, 8, 2), np.uint8), "shape"),
+        (np.zeros(8, np.uint8), "shape"),
+        (np.zeros((), np.uint8), "shape"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "shape"),
+        (np.zeros((0, 8, 3), np.uint8), "no pixels"),
+    ],
+)
+def test_arrays_that_are_no_pictures(array: Any, words: str) -> None:
+    """A wrong type, range or shape is said, never guessed at."""
+    assert words in refused(array)
+
+
+def test_animations_give_their_first_frame() -> None:
+    """As the reference does: GIF, APNG, WebP, and TIFF of several pages."""
+    frames = [Image.new("RGB", (3, 3), colour) for colour in (RED, GREEN, BLUE)]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert pixels_of(open_image(data)) == [RED] * 9
+
+
+def test_cmyk_jpeg_and_grey_jpeg() -> None:
+    """The print shop's JPEG and the scanner's."""
+    image = Image.new("RGB", (16, 16), (200, 30, 30))
+    for mode in ("CMYK", "L"):
+        converted = image.convert(mode)
+        got = np.asarray(open_image(encoded(converted, "JPEG", quality=95))).astype(int)
+        assert abs(got - np.asarray(converted.convert("RGB")).astype(int)).max() <= 6
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+def test_one_pixel_in_every_format(kind: str) -> None:
+    """1 x 1 is a picture, and can be preprocessed."""
+    data = encoded(Image.new("RGB", (1, 1), WHITE), kind)
+    assert pixels_of(open_image(data)) == [WHITE]
+    assert preprocess(data, 14).shape == (3, 14, 14)
+
+
+def test_exif_orientation_only_when_asked() -> None:
+    """The reference ignores it, so the default does."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    data = encoded(exif=exif)
+    assert open_image(data).size == (4, 2)
+    turned = open_image(data, exif_orientation=True)
+    assert turned.size == (2, 4)
+    assert turned.getpixel((1, 0)) == RED
+    assert open_image(picture(), exif_orientation=True).size == (4, 2)
+    assert not torch.equal(preprocess(data, 14), preprocess(data, 14, exif_orientation=True))
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 100,
+        b"just some text",
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>',
+        b"%PDF-1.4\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"P6 2 2 255\nab",
+        b"P6 0 0 255\n",
+        png(0, 5, 8, 2, b""),
+        b"II*\0\xff\xff\xff\xff",
+        b"RIFF\x04\0\0\0WEBP",
+        encoded(kind="ICO"),
+        encoded(kind="TGA"),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    """Text, vector graphics, other formats, empty and zero-sized files: one line, from bytes and from a data URL."""
+    refused(data)
+    refused(f"data:image/png;base64,{base64.b64encode(data).decode()}")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+def test_a_file_cut_off_anywhere_is_refused_or_whole(kind: str) -> None:
+    """A truncated download never comes out as a half-grey picture, and never as another error than ours."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    data = encoded(noise, kind)
+    whole = pixels_of(open_image(data))
+    for end in [*range(0, len(data) // 2, 7), len(data) // 2, len(data) * 3 // 4]:
+        assert refused(data[:end])
+    for end in range(len(data) * 3 // 4, len(data), 5):
+        try:
+            opened = open_image(data[:end])
+        except ImageError:
+            continue
+        assert kind not in ("PNG", "BMP", "PPM") or pixels_of(opened) == whole
+
+
+def test_a_file_with_damaged_bytes_never_raises_another_error() -> None:
+    """Decoders stumble in many ways; all of them end as an ImageError or a picture."""
+    random = np.random.default_rng(1)
+    for kind in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"):
+        data = encoded(kind=kind)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for position in random.integers(0, len(data), 3):
+                damaged[position] = random.integers(0, 256)
+            with contextlib.suppress(ImageError):
+                open_image(bytes(damaged), ImagePolicy(max_pixels=10_000))
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    """A few bytes that claim a billion pixels are not decoded, and Pillow's own warning and error do not show."""
+    for side in (9_500, 13_000, 60_000, 2**31 - 1):  # above our limit, above Pillow's warning, above Pillow's error
+        assert "pixels" in refused(png(side, side, 8, 2, b"\0"))
+    assert "10 x 11" in refused(encoded(Image.new("RGB", (10, 11))), ImagePolicy(max_pixels=109))
+    assert open_image(encoded(Image.new("RGB", (10, 10))), ImagePolicy(max_pixels=100)).size == (10, 10)
+    assert "10 x 11" in refused(Image.new("RGB", (10, 11)), SMALL)
+    assert "10 x 11" in refused(np.zeros((11, 10, 3), np.uint8), SMALL)
+
+
+def test_the_byte_limit_holds_for_every_source(tmp_path: Path) -> None:
+    """Exactly the limit passes; one byte more does not, wherever it comes from."""
+    data = encoded(Image.new("RGB", (5, 5)))
+    data += b"\0" * (200 - len(data))
+    path = tmp_path / "a.png"
+    for size, source in ((200, data), (201, data + b"\0")):
+        path.write_bytes(source)
+        text = base64.b64encode(source).decode()
+        for form in (source, path, io.BytesIO(source), f"data:image/png;base64,{text}", text):
+            if size == 200:
+                assert open_image(form, SMALL).size == (5, 5)
+            else:
+                assert "200 bytes" in refused(form, SMALL)
+
+
+def test_base64_is_measured_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge data URL costs no second copy of itself."""
+    monkeypatch.setattr(base64, "b64decode", lambda *_, **__: pytest.fail("decoded"))
+    assert "limit" in refused("data:image/png;base64," + "A" * 1000, SMALL)
+
+
+def test_an_endless_file_object_is_given_up() -> None:
+    """A stream that never ends stops at the byte limit."""
+
+    class Endless:
+        def read(self, size: int) -> bytes:
+            return b"\0" * size
+
+    assert "limit" in refused(Endless(), SMALL)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:",
+        "data:image/png",
+        "data:image/png,abc",
+        "data:image/png;base64,!!!",
+        "data:image/png;base64,abcde",
+        "data:,",
+    ],
+)
+def test_data_urls_that_are_none(url: str) -> None:
+    """Each says what a data URL looks like or what is wrong with its base64."""
+    refused(url)
+
+
+def test_a_long_string_is_not_echoed() -> None:
+    """A message has no room for a megabyte of the user's text."""
+    for text in (
+        "data:image/png;base64," + "é" * 10**6,
+        "x" * 10**6,
+        "http://[" + "x" * 10**6,
+        "iVBORw0KGgo" + " " * 10**6,
+    ):
+        refused(text)
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
+    """Missing, a folder, a device, a null character, another scheme: each one line with the path in it."""
+    assert "nothing.png" in refused(tmp_path / "nothing.png")
+    assert "not a file" in refused(tmp_path)
+    assert "null" in refused("a\0b.png")
+    for url in ("file:///etc/passwd", "ftp://host/a.png"):
+        assert "by its path" in refused(url)
+    refused("")
+    refused("line\nbreak.png")
+    if Path("/dev/zero").exists():
+        assert "not a file" in refused("/dev/zero")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "not a file" in refused(tmp_path / "pipe")
+
+
+def test_things_that_are_no_source(tmp_path: Path) -> None:
+    """The type is named; a file opened as text and one that is closed say so."""
+    for thing in (None, 3, [1, 2], {"image": "a"}, torch.zeros(3, 4, 4)):
+        assert type(thing).__name__ in refused(thing)
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    with path.open() as file:
+        assert "rb" in refused(file)
+    assert "closed" in refused(file)
+    lazy = tmp_path / "a.png"
+    lazy.write_bytes(encoded()[:60])
+    with Image.open(lazy) as image:
+        refused(image)
+    refused(Image.new("RGB", (0, 5)))
+
+
+def test_the_server_reads_neither_files_nor_urls(tmp_path: Path) -> None:
+    """Its policy leaves data URLs and uploads; a path is refused before anyone looks whether it exists."""
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded())
+    for source in (path, str(path), str(tmp_path / "missing.png"), "/etc/passwd", "http://example.com/a.png"):
+        message = refused(source, SERVER_POLICY)
+        assert "data URL" in message
+        assert "missing" not in message
+    refused("file:///etc/passwd", SERVER_POLICY)
+    text = base64.b64encode(encoded()).decode()
+    for source in (encoded(), io.BytesIO(encoded()), f"data:image/png;base64,{text}", text):
+        assert open_image(source, SERVER_POLICY).size == (4, 2)
+
+
+# ---- preprocess
+
+
+@pytest.mark.parametrize("name", ["tiny-112", "tiny-448"])
+def test_pixels_are_the_references(goldens: Path, name: str) -> None:
+    """The first picture's pixels, resized and normalised, are the numbers that the reference computed."""
+    folder = goldens / name
+    size = json.loads((folder / "config.json").read_text())["visual"]["image_size"]
+    expected = load_file(folder / "cases.safetensors")["vision.pixels0_every_7th"]
+    pixels = preprocess(sorted((folder / "images").iterdir())[0], size)
+    assert pixels.shape == (3, size, size)
+    assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous()
+    difference = (pixels[:, ::7, ::7] - expected).abs().max().item()
+    print(f"{name}: largest difference {difference:.2g}")
+    assert difference < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (90, 200), (448, 448)])
+def test_the_resize_is_bicubic_and_antialiased(shape: tuple[int, int]) -> None:
+    """As torch's own antialiased bicubic, but for the rounding to 8 bits between Pillow's two passes.
+
+    The goldens' pictures have the model's size already, so they say nothing about the filter.
+    """
+    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    image = torch.from_numpy(array).permute(2, 0, 1)[None].double()
+    expected = F.interpolate(image, (112, 112), mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 255)
+    pixels = preprocess(array, 112).double() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert (pixels * 255 - expected).abs().max() < 2
+    assert (pixels * 255 - expected).mean().abs() < 0.1
+    assert torch.allclose(pixels * 255, (pixels * 255).round(), atol=1e-3)
+
+
+def test_preprocess_ignores_the_aspect_ratio_and_takes_every_source() -> None:
+    """A wide picture becomes a square; the policy is honoured here too."""
+    assert torch.equal(preprocess(picture(), 28), preprocess(encoded(), 28))
+    assert preprocess(Image.new("RGB", (300, 2)), 28).shape == (3, 28, 28)
+    with pytest.raises(ImageError, match="local files"):
+        preprocess("a.png", 28, SERVER_POLICY)
+    with pytest.raises(ImageError, match="at least 1"):
+        preprocess(picture(), 0)
+
+
+def test_image_hash_names_pixels() -> None:
+    """Equal pixels, equal name, in whatever layout; one changed value, another name."""
+    pixels = preprocess(picture(), 28)
+    assert image_hash(pixels) == image_hash(preprocess(encoded(), 28))
+    strided = pixels.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert image_hash(pixels) == image_hash(strided)
+    changed = pixels.clone()
+    changed[2, 27, 27] += 1e-3
+    assert image_hash(pixels) != image_hash(changed)
+    assert len(image_hash(pixels.bfloat16())) == 64
+
+
+@pytest.mark.real
+def test_real_photographs(reference_dir: Path) -> None:
+    """Phone and web photographs, large JPEGs among them, become pixels of a plausible spread."""
+    paths = [p for p in sorted((reference_dir / "images").iterdir()) if p.suffix in (".jpeg", ".jpg")]
+    assert paths
+    for path in paths:
+        pixels = preprocess(path, 448)
+        assert pixels.shape == (3, 448, 448)
+        assert pixels.isfinite().all()
+        assert 0.2 < pixels.std() < 3
