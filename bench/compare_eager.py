@@ -5,7 +5,8 @@
     python bench/compare_eager.py --save     # also append the JSON line to bench/results/compare_eager.jsonl
 
 Both run on the same weights, in the same process, in turn (A B A B ...), so that a change of the machine's speed hits
-both. Printed are medians with the 10th and 90th percentile, and the median of the ratios pair by pair. The last line is JSON.
+both. Printed are medians with the 10th and 90th percentile, and the median of the ratios pair by pair. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def prefill(model: QwenVL, reference: EagerReference, length: int, runs: int) ->
 
     def ours() -> torch.Tensor:
         cache = KVCache.allocate(model.config, 1, length + 64)
-        return model(ids, cache=cache, logits_to_keep=1)[:, -1]
+        logits: torch.Tensor = model(ids, cache=cache, logits_to_keep=1)
+        return logits[:, -1]
 
     def theirs() -> torch.Tensor:
         return reference.forward(ids, None)[0][:, -1]
@@ -174,7 +176,8 @@ def cpu_name() -> str:
     """The processor's name and the cores that we may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwenvl.model.decoder import Block
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.model.rope import inverse_frequencies, ntk_alpha
-from qwenvl.model.vision import resize_positions
+from qwenvl.model.vision import VisionBlock, resize_positions
 
 Past = list[tuple[Tensor, Tensor]]
 
@@ -64,6 +65,7 @@ class EagerReference:
         x = tower.conv1(pixels).flatten(2).transpose(1, 2)
         x = tower.ln_pre(x + resize_positions(tower.positional_embedding, tower.grid))
         for block in tower.blocks:
+            assert isinstance(block, VisionBlock)
             heads = block.attn.heads
             query, key, value = block.attn.in_proj(block.ln_1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             x = x + block.attn.out_proj(attend(query, key, value, None).transpose(1, 2).flatten(2))
@@ -73,19 +75,22 @@ class EagerReference:
         queries = (resampler.ln_q(resampler.query) + resampler.pos_embed)[None].expand(len(x), -1, -1)
         attention = resampler.attn
         mixed, _ = F.multi_head_attention_forward(
-            *(t.transpose(0, 1) for t in (queries, keys, values)),
-            keys.shape[-1],
-            attention.heads,
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            None,
-            None,
-            False,
-            0.0,
-            attention.out_proj.weight,
-            attention.out_proj.bias,
+            query=queries.transpose(0, 1),
+            key=keys.transpose(0, 1),
+            value=values.transpose(0, 1),
+            embed_dim_to_check=keys.shape[-1],
+            num_heads=attention.heads,
+            in_proj_weight=attention.in_proj_weight,
+            in_proj_bias=attention.in_proj_bias,
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=attention.out_proj.weight,
+            out_proj_bias=attention.out_proj.bias,
         )
-        return resampler.proj(resampler.ln_post(mixed.transpose(0, 1)))
+        features: Tensor = resampler.proj(resampler.ln_post(mixed.transpose(0, 1)))
+        return features
 
     def forward(self, input_ids: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """Logits [1,T,V] at every position of ids [1,T], and the cache with T more tokens."""
@@ -101,6 +106,7 @@ class EagerReference:
         x = decoder.wte(input_ids)
         present: Past = []
         for layer, block in enumerate(decoder.blocks):
+            assert isinstance(block, Block)
             mixed = block.attn.c_attn(rms_norm(x, block.ln_1.weight, block.ln_1.eps))
             query, key, value = (t.unflatten(-1, (config.num_attention_heads, -1)) for t in mixed.chunk(3, -1))
             query = (query.float() * cos + rotate_half(query.float()) * sin).type_as(query)

@@ -175,7 +175,8 @@ class QwenVLConfig:
     """config.json of a Qwen-VL checkpoint.
 
     Lengths are tokens. `seq_length` is the length the decoder was trained at: above it dynamic NTK and log-n scaling
-    begin; `max_position_embeddings` is the longest text that is accepted, prompt and answer together.
+    begin; `max_position_embeddings` is the longest text that is accepted, prompt and answer together. `note` is ours:
+    what a checkpoint's maker wants its users to be told.
     """
 
     vocab_size: int
@@ -200,6 +201,7 @@ class QwenVLConfig:
     attn_dropout_prob: float = 0.0
     torch_dtype: str | None = None
     quantization_config: QuantizationConfig | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         _positive_whole_numbers(

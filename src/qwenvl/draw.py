@@ -199,7 +199,7 @@ def _label(
     draw.rectangle((x, y, x + wide - 1, y + high - 1), fill=colour)
     red, green, blue = colour
     ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"  # luma as of BT.601
-    draw.text((x + padding, y + high / 2), text, fill=ink, font=typeface, anchor="lm")
+    draw.text((x + padding, y + high // 2), text, fill=ink, font=typeface, anchor="lm")
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> bool:

@@ -28,7 +28,7 @@ IMAGE_TAGS = (*REGION_TAGS, "<img>", "</img>", "<imgpad>")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)), *IMAGE_TAGS)
 
 # How text is cut into pieces before bytes are merged; part of the checkpoint, as the merges are.
-_PATTERN = (
+PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -108,7 +108,7 @@ class Tokenizer:
             path = path / VOCABULARY_FILE
         self._ranks = _read_ranks(path)
         # Without special tokens: what this object encodes cannot contain one.
-        self._merges = tiktoken.Encoding("qwen", pat_str=_PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+        self._merges = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={})
         self.special_ids = {form: len(self._ranks) + i for i, form in enumerate(SPECIALS)}
         self._bytes = [*sorted(self._ranks, key=self._ranks.__getitem__), *(form.encode() for form in SPECIALS)]
 

@@ -81,6 +81,8 @@ def write_folder(
     holds something else, if the disk has or gets too little room, or if it cannot be written; what was finished by then
     is kept for the next run.
     """
+    if max_shard_bytes <= 0:
+        raise CheckpointError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     destination = Path(os.path.abspath(destination))
     shards = _plan(specs, METADATA[layout], max_shard_bytes)
     small = {**side_files, INDEX_FILE: _index(specs, shards)}

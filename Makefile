@@ -1,0 +1,53 @@
+# The door to everything: `make help` lists the targets.
+# Variables: PYTHON (which Python makes the environment), VENV (where it lies), OUT (where `make demo` writes).
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo chat test test-all check format bench tiny clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the environment in .venv (every other target does this first)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("qwenvl needs Python 3.10 or newer, and this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot make a virtual environment: on Debian, apt-get install python3-venv"; exit 1; }
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## the whole path on a picture drawn here: question, answer, boxes, into demo-out/
+	$(RUN) -m qwenvl.cli demo --out $(OUT)
+
+chat: $(READY) ## talk to the embedded model in the terminal
+	$(RUN) -m qwenvl.cli chat
+
+test: $(READY) ## the tests (a few minutes)
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(READY) ## the tests, slow ones too
+	$(RUN) -m pytest
+
+check: $(READY) ## formatting, lint, types, the direction of imports
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest tests/test_architecture.py
+
+format: $(READY) ## put the formatting right
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(READY) ## time against a plain eager formulation of the reference
+	$(RUN) bench/compare_eager.py
+
+tiny: $(READY) ## make weights/tiny anew
+	rm -rf weights/tiny
+	$(RUN) tools/make_tiny.py weights/tiny
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist $(OUT)

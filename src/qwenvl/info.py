@@ -1,0 +1,94 @@
+"""What a checkpoint is, read from its configuration and its files' headers; no weight is loaded.
+
+summarise   the facts, as a JSON object
+describe    the same for people
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .config import GenerationConfig
+from .weights.checkpoint import Checkpoint
+from .weights.keymap import Entry
+
+# Parts in reading order: what people call them, and how the names of their tensors begin.
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision tower": ("visual.",),
+    "resampler": ("resampler.",),
+    "token embeddings": ("decoder.wte.",),
+    "decoder blocks": ("decoder.blocks.", "decoder.ln_f."),
+    "head": ("decoder.lm_head.",),
+}
+PACKED_IN_A_WORD = 8  # int4 weights in one int32
+
+
+def _parameters(entry: Entry) -> int:
+    """How many of the model's parameters a tensor holds: packed words hold eight, their scales and zeros none."""
+    leaf = entry.ours.rpartition(".")[2]
+    if leaf in ("qzeros", "scales", "g_idx"):
+        return 0
+    return math.prod(entry.our_shape) * (PACKED_IN_A_WORD if leaf == "qweight" else 1)
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """Configuration, parameters and bytes of each part, dtypes, and bytes of KV cache a token takes.
+
+    Raises ConfigError and CheckpointError for a folder that is not a whole checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    config, generation = checkpoint.config, GenerationConfig.load(folder)
+    parts = {
+        part: {
+            "parameters": sum(_parameters(e) for e in checkpoint.entries if e.ours.startswith(beginning)),
+            "bytes": sum(checkpoint.at(e).bytes for e in checkpoint.entries if e.ours.startswith(beginning)),
+        }
+        for part, beginning in PARTS.items()
+    }
+    return {
+        "folder": str(folder),
+        "layout": checkpoint.layout,
+        "note": config.note,
+        "tensors": len(checkpoint.entries),
+        "dtypes": sorted({checkpoint.at(entry).dtype for entry in checkpoint.entries}),
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": checkpoint.bytes,
+        "kv_cache_bytes_per_token_16_bit": 2 * 2 * config.num_hidden_layers * config.hidden_size,
+        "chat_format": generation.chat_format,
+        "config": config.to_dict(),
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts as lines for a terminal."""
+    config, visual = facts["config"], facts["config"]["visual"]
+    quantized = config.get("quantization_config")
+    bits = f"int4 (groups of {quantized['group_size']})" if quantized else ", ".join(facts["dtypes"])
+    grid = visual["image_size"] // visual["patch_size"]
+    lines = [
+        f"{facts['folder']}: {facts['layout']} layout, {facts['chat_format']}, {bits}",
+        *([f"note: {facts['note']}"] if facts["note"] else []),
+        "",
+        f"vision    {visual['image_size']} px in {grid} x {grid} patches, {visual['layers']} layers of "
+        f"{visual['width']}, {visual['heads']} heads -> {visual['n_queries']} visual tokens",
+        f"decoder   {config['num_hidden_layers']} layers of {config['hidden_size']}, {config['num_attention_heads']} "
+        f"heads, SwiGLU {config['intermediate_size'] // 2}, vocabulary {config['vocab_size']}",
+        f"positions trained at {config['seq_length']}, up to {config['max_position_embeddings']} "
+        f"(dynamic NTK {_on(config['use_dynamic_ntk'])}, log-n {_on(config['use_logn_attn'])})",
+        "",
+        f"{'part':18}{'parameters':>16}{'bytes':>18}",
+    ]
+    total = {"parameters": facts["parameters"], "bytes": facts["bytes"]}
+    for part, size in [*facts["parts"].items(), ("all", total)]:
+        lines.append(f"{part:18}{size['parameters']:>16,}{size['bytes']:>18,}")
+    cache = facts["kv_cache_bytes_per_token_16_bit"]
+    longest = config["max_position_embeddings"]
+    lines += ["", f"KV cache  {cache:,} bytes a token in 16 bits, {cache * longest / 1e9:.2f} GB for {longest} tokens"]
+    return "\n".join(lines)
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
