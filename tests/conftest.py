@@ -1,11 +1,21 @@
 """Where tests find numbers: `tests/goldens` is ours; the real vocabulary and photographs live outside, if at all."""
 
+import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from support import Golden
+
+import qwenvl
 
 GOLDENS = Path(__file__).parent / "goldens"
+DIFFERENCES = pytest.StashKey[dict[str, dict[str, float]]]()
+
+torch.set_num_threads(1)  # small tensors: threads cost more than they do
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +31,44 @@ def reference_dir() -> Path:
     if not folder:
         pytest.skip("QWENVL_REFERENCE_DIR is not set: the real vocabulary and photographs are not in this repository")
     return Path(folder)
+
+
+def _golden(name: str) -> Golden:
+    folder = GOLDENS / name
+    vl = qwenvl.load(folder, dtype="float32", device="cpu", quiet=True)
+    facts = json.loads((folder / "cases.json").read_text())
+    size = vl.config.visual.image_size
+    pixels = {image: qwenvl.preprocess(folder / "images" / image, size) for image in facts["images"]}
+    return Golden(name, folder, vl, facts, load_file(folder / "cases.safetensors"), pixels)
+
+
+@pytest.fixture(scope="session")
+def tiny_112() -> Golden:
+    """The golden model whose patch grid is smaller than the stored positions, with its numbers; float32."""
+    return _golden("tiny-112")
+
+
+@pytest.fixture(scope="session")
+def tiny_448() -> Golden:
+    """The golden model with heads of 128 and the real image size, with its numbers; float32."""
+    return _golden("tiny-448")
+
+
+@pytest.fixture(scope="session", params=["tiny-112", "tiny-448"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Both golden models, one after the other."""
+    fixture: Golden = request.getfixturevalue(request.param.replace("-", "_"))
+    return fixture
+
+
+@pytest.fixture(scope="session")
+def differences(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+    """Where golden tests note the largest difference of each case, for the summary: model -> case -> difference."""
+    return request.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print how far from the reference's numbers ours are, wherever they were compared."""
+    for name, cases in config.stash.get(DIFFERENCES, {}).items():
+        shown = ", ".join(f"{case} {difference:.1e}" for case, difference in cases.items())
+        terminalreporter.write_line(f"{name}: largest difference from the reference: {shown}")

@@ -74,7 +74,8 @@ class QwenVL(nn.Module):
         Images are given as pixels [N,3,S,S] or as features [N,Q,C], in reading order, row by row. Raises PromptError if
         spans and images do not match, or a span has not exactly Q ids between its tags.
         """
-        return self._fill_spans(self._look_up(input_ids), input_ids, pixels, image_features, attention_mask)
+        x = self._look_up(input_ids, checked=True)
+        return self._fill_spans(x, input_ids, pixels, image_features, _real_columns(attention_mask, x))
 
     def forward(
         self,
@@ -114,16 +115,18 @@ class QwenVL(nn.Module):
         if embeddings is None:
             if input_ids is None:
                 raise PromptError("forward needs input_ids or embeddings")
-            x, may_have_spans = self._look_up(input_ids), cache is None or cache.is_empty
+            may_have_spans = cache is None or cache.is_empty
+            x = self._look_up(input_ids, checked=may_have_spans)
         else:
             x, may_have_spans = embeddings.to(self.decoder.wte.weight), False
             if input_ids is not None and input_ids.shape != x.shape[:2]:
                 raise PromptError(f"embeddings are {list(x.shape)} but input_ids are {list(input_ids.shape)}")
+        real = _real_columns(attention_mask, x)
         if may_have_spans or pixels is not None or image_features is not None:
-            x = self._fill_spans(x, input_ids, pixels, image_features, attention_mask)
+            x = self._fill_spans(x, input_ids, pixels, image_features, real)
         batch, columns = x.shape[:2]
         alphas = None if ntk_alpha is None else self._alphas(ntk_alpha, batch, cache)
-        order, row_lengths = _left_alignment(attention_mask, batch, columns)
+        order, row_lengths = (None, [columns] * batch) if real is None else _left_alignment(real)
         if order is not None:
             x = _take_columns(x, order)
         hidden: list[Tensor] | None = [] if return_hidden else None
@@ -139,9 +142,12 @@ class QwenVL(nn.Module):
             return logits
         return Output(logits, None if hidden is None else tuple(hidden), None if maps is None else tuple(maps))
 
-    def _look_up(self, input_ids: Tensor) -> Tensor:
+    def _look_up(self, input_ids: Tensor, *, checked: bool) -> Tensor:
+        """Embeddings of ids [B,T]. Steps leave their ids unchecked: to look at them would wait for the device."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise PromptError(f"input_ids must be [B,T] with at least one token, not {list(input_ids.shape)}")
+        if checked and not ((input_ids >= 0) & (input_ids < self.config.vocab_size)).all():
+            raise PromptError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
         return self.decoder.wte(input_ids)
 
     def _fill_spans(
@@ -150,12 +156,12 @@ class QwenVL(nn.Module):
         input_ids: Tensor | None,
         pixels: Tensor | None,
         image_features: Tensor | None,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
     ) -> Tensor:
         """`embeddings` [B,T,C] with the features of the n-th image in the n-th `<img>` span."""
         if pixels is not None and image_features is not None:
             raise PromptError("give pixels or image_features, not both")
-        spans = [] if input_ids is None else self._find_spans(input_ids, attention_mask)
+        spans = [] if input_ids is None else self._find_spans(input_ids, real)
         images = pixels if image_features is None else image_features
         if len(spans) != (0 if images is None else len(images)):
             count = 0 if images is None else len(images)
@@ -170,12 +176,12 @@ class QwenVL(nn.Module):
         columns = start[:, 1:] + torch.arange(n_queries, device=embeddings.device)  # [N,Q]
         return embeddings.index_put((start[:, :1], columns), features)
 
-    def _find_spans(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[int, int]]:
+    def _find_spans(self, input_ids: Tensor, real: Tensor | None) -> list[tuple[int, int]]:
         """Row and first inner column of every image span, in reading order. Ids inside a span do not matter."""
         config = self.config.visual
         starts = input_ids == config.image_start_id
-        if attention_mask is not None:
-            starts &= attention_mask.bool()
+        if real is not None:
+            starts &= real
         spans: list[tuple[int, int]] = []
         inside_until = (-1, -1)
         for row, column in starts.nonzero().tolist():
@@ -220,17 +226,21 @@ class QwenVL(nn.Module):
         self.resampler.initialize_positions()
 
 
-def _left_alignment(attention_mask: Tensor | None, batch: int, columns: int) -> tuple[Tensor | None, list[int]]:
-    """The order [B,T] that moves each row's real columns to its left, None if all are real; real tokens per row."""
+def _real_columns(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask [B,T] of an input x [B,T,C] as booleans on its device."""
     if attention_mask is None:
-        return None, [columns] * batch
-    if attention_mask.shape != (batch, columns):
-        raise PromptError(f"attention_mask is {list(attention_mask.shape)} but the input is {[batch, columns]}")
-    padding = ~attention_mask.bool()
-    row_lengths = [columns - n for n in padding.sum(dim=1).tolist()]
-    if min(row_lengths) == columns:
+        return None
+    if attention_mask.shape != x.shape[:2]:
+        raise PromptError(f"attention_mask is {list(attention_mask.shape)} but the input is {list(x.shape[:2])}")
+    return attention_mask.to(x.device).bool()
+
+
+def _left_alignment(real: Tensor) -> tuple[Tensor | None, list[int]]:
+    """The order [B,T] that moves each row's real columns to its left, None if all are real; real tokens per row."""
+    row_lengths = real.sum(dim=1).tolist()
+    if min(row_lengths) == real.shape[1]:
         return None, row_lengths
-    return padding.to(torch.uint8).argsort(dim=1, stable=True), row_lengths
+    return (~real).to(torch.uint8).argsort(dim=1, stable=True), row_lengths
 
 
 def _take_columns(x: Tensor, order: Tensor) -> Tensor:

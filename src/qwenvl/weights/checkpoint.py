@@ -98,6 +98,7 @@ class Checkpoint:
             take = _open(file)
             for entry in group:
                 yield entry, entry.translate(take(entry.name(self.layout)), self.layout, layout, self.config)
+            del take  # before the next file is opened: one that could not be mapped is held whole
 
     def _check_index(self, placed: dict[str, Path]) -> None:
         """The index and the shards' own headers must agree on every tensor."""
