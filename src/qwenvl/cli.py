@@ -7,18 +7,22 @@ mistake is one line on stderr and exit status 2; a bug is a traceback.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import PromptError, QwenVLError
+from .errors import ImageError, PromptError, QwenVLError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .pipeline import Pipeline
-    from .text.boxes import Box
+    from .text.boxes import Box, Region
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
 
@@ -49,12 +53,19 @@ The destination is written as DESTINATION.partial and renamed when it is whole. 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    given = _parser().parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):  # one odd character is no reason to lose a conversation
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        given.run(given)
-        sys.stdout.flush()
+        try:
+            given = _parser().parse_args(arguments)
+            given.run(given)
+        finally:
+            sys.stdout.flush()
     except QwenVLError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from .terminal import told
+
+        print(told(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -64,8 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qwenvl",
         description="Qwen-VL: ask about pictures, find things in them, convert and inspect checkpoints.",
         epilog='example:\n  qwenvl chat --image dog.jpg "What is this?"',
@@ -105,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--bare", action="store_true", help="write no `Picture k:` before the pictures")
 
     ground = command("ground", _ground, "Find a phrase in a picture.", _model, _output)
-    ground.add_argument("--image", required=True, help="path or URL")
+    ground.add_argument("--image", nargs=1, required=True, help="path or URL")
     ground.add_argument("phrase", help='what to find, such as "the dog"')
 
     info = command("info", _info, "Show a checkpoint's configuration, parameters and bytes.", _source)
@@ -175,83 +193,106 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in SAMPLING if (value := getattr(given, name)) is not None}
 
 
+def _pictures(given: argparse.Namespace, sources: Sequence[str]) -> list[Image]:
+    """Open the pictures, and look at where to save one, before anything takes long: a mistake shows at once."""
+    from PIL import Image
+
+    from .image import FORMATS, open_image
+
+    pictures = [open_image(source) for source in sources]
+    if given.save is not None:
+        path = Path(given.save)
+        if not pictures:
+            raise PromptError("--save needs a picture: give one with --image")
+        if Image.registered_extensions().get(path.suffix.lower()) not in FORMATS:
+            raise ImageError(f"cannot save a picture as {path.name!r}: end the name in .png, .jpg or .webp")
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ImageError(f"cannot save {given.save!r}: {path.parent} is not a folder that you may write into")
+    return pictures
+
+
 def _chat(given: argparse.Namespace) -> None:
     from .terminal import converse, printable
+    from .text.boxes import parse_spans
 
     system = {} if given.system is None else {"system": given.system}
-    if given.question is None:
-        if given.json or given.save:
-            raise PromptError("--json and --save need a question on the command line")
-        converse(_load(given), given.image, given.out, **system, **_options(given))
-        return
+    if given.question is None and (given.json or given.save):
+        raise PromptError("--json and --save need a question on the command line")
+    pictures = _pictures(given, given.image)
     pipeline = _load(given)
-    query = [*({"image": image} for image in given.image), {"text": given.question}]
-    if given.json:
-        reply, _ = pipeline.chat(query, **system, **_options(given))
-    else:
-        stream = pipeline.chat_stream(query, **system, **_options(given))
-        for delta in stream:
+    if given.question is None:
+        converse(pipeline, given.image, given.out, **system, **_options(given))
+        return
+    query = [*({"image": picture} for picture in pictures), {"text": given.question}]
+    stream = pipeline.chat_stream(query, **system, **_options(given))
+    for delta in stream:
+        if not given.json:
             print(printable(delta), end="", flush=True)
+    if not given.json:
         print()
-        reply = stream.reply
-    _report(given, pipeline, given.image, {"question": given.question, "reply": reply}, reply)
+    facts = {"question": given.question, "reply": stream.reply}
+    _report(given, pipeline, pictures, facts, parse_spans(stream.reply))
 
 
 def _generate(given: argparse.Namespace) -> None:
     from .terminal import printable
+    from .text.boxes import parse_spans
 
+    pictures = _pictures(given, given.image)
     pipeline = _load(given)
-    query = [*({"image": image} for image in given.image), {"text": given.prompt}]
+    query = [*({"image": picture} for picture in pictures), {"text": given.prompt}]
     text = pipeline.generate(query, numbered=not given.bare, **_options(given))
     if not given.json:
         print(printable(text))
-    _report(given, pipeline, given.image, {"prompt": given.prompt, "text": text}, text)
+    _report(given, pipeline, pictures, {"prompt": given.prompt, "text": text}, parse_spans(text))
 
 
 def _ground(given: argparse.Namespace) -> None:
+    from .terminal import show_boxes
+
+    pictures = _pictures(given, given.image)
     pipeline = _load(given)
-    boxes = pipeline.ground(given.image, given.phrase)
+    boxes = pipeline.ground(pictures[-1], given.phrase)
     if not given.json:
-        for box in boxes:
-            print(f"{box.label}: ({box.x1:.0f},{box.y1:.0f}),({box.x2:.0f},{box.y2:.0f})")
-        if not boxes:
-            print("no box found")
-    _report(given, pipeline, [given.image], {"phrase": given.phrase}, boxes)
+        show_boxes(boxes)
+    _report(given, pipeline, pictures, {"phrase": given.phrase}, boxes)
 
 
 def _report(
-    given: argparse.Namespace, pipeline: Pipeline, images: list[str], facts: dict[str, Any], found: str | list[Box]
+    given: argparse.Namespace,
+    pipeline: Pipeline,
+    pictures: Sequence[Image],
+    facts: dict[str, Any],
+    found: Sequence[Region | Box],
 ) -> None:
     """Save the annotated picture and print the JSON object, as far as they were asked for."""
     from dataclasses import asdict
 
     from .draw import draw_regions, save_image
-    from .image import open_image
-    from .text.boxes import boxes_in
+    from .text.boxes import Box
 
-    picture = open_image(images[-1], pipeline.policy) if images else None
-    boxes = found if isinstance(found, list) else boxes_in(found, *picture.size) if picture else []
+    boxes = [one if isinstance(one, Box) else one.box(*picture.size) for picture in pictures[-1:] for one in found]
     saved = None
-    if given.save:
-        if picture is None:
-            raise PromptError("--save needs a picture: give one with --image")
-        drawn = pipeline.draw(picture, found) if isinstance(found, str) else draw_regions(picture, found, pipeline.font)
-        save_image(drawn or picture, given.save)
-        saved = given.save
-        if not given.json:
-            print(f"saved {saved}" + ("" if boxes else " (there was no box to draw)"), file=sys.stderr)
-    if given.json:
-        result = {"model": given.model, "images": images, **facts, "boxes": [asdict(b) for b in boxes], "saved": saved}
-        print(json.dumps(result, ensure_ascii=False))
+    try:
+        if given.save is not None:
+            save_image(draw_regions(pictures[-1], found, pipeline.font), given.save)
+            saved = given.save
+            if not given.json:
+                print(f"saved {saved}" + ("" if boxes else " (there was no box to draw)"), file=sys.stderr)
+    finally:  # a full disk does not take the answer with it
+        if given.json:
+            result = {"model": given.model, "images": given.image, **facts}
+            print(json.dumps({**result, "boxes": [asdict(box) for box in boxes], "saved": saved}))
 
 
 def _info(given: argparse.Namespace) -> None:
     from .info import describe, summarise
+    from .terminal import printable
     from .weights.hub import resolve
 
     folder = resolve(given.checkpoint, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet)
     facts = summarise(folder)
-    print(json.dumps(facts, ensure_ascii=False) if given.json else describe(facts))
+    print(json.dumps(facts) if given.json else printable(describe(facts)))
 
 
 def _convert(given: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ from .text.stream import ReplyStream
 from .text.tokenizer import VOCABULARY_FILE, Tokenizer
 
 ImageStore = MutableMapping[str, Image.Image]
+STORED = "image:"  # how the names begin under which pictures are kept in a store
 GROUNDING_TOKENS = 28  # the reference's limit: one box takes at most 22 ids
 
 
@@ -164,7 +165,7 @@ class Pipeline:
         answer = self.generate(asked, numbered=False, **{**greedy, **options})
         return [
             Box(box.x1, box.y1, box.x2, box.y2, box.label or phrase)
-            for box in boxes_in(f"<ref>{phrase}</ref><box>{answer}", *picture.size)
+            for box in boxes_in(f"<box>{answer}", *picture.size)
         ]
 
     def draw(self, image: ImageSource, reply: str) -> Image.Image | None:
@@ -310,7 +311,7 @@ class Pipeline:
         if isinstance(source, os.PathLike):
             return {**part, "image": os.fspath(source)}
         picture = open_image(source, self.policy)
-        name = f"image:{image_hash(preprocess(picture, self.config.visual.image_size))[:32]}"
+        name = f"{STORED}{image_hash(preprocess(picture, self.config.visual.image_size))[:32]}"
         store[name] = picture
         return {**part, "image": name}
 
@@ -320,6 +321,8 @@ class Pipeline:
         for source in prompt.images:
             picture = store.get(source) if isinstance(source, str) else None
             if picture is None:
+                if isinstance(source, str) and source.startswith(STORED):
+                    raise PromptError(f"the history shows a picture {source} that the image store does not hold")
                 picture = open_image(source, self.policy)
                 if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
                     store[source] = picture  # fetched once a conversation, not once a round

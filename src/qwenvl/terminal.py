@@ -3,6 +3,8 @@
 converse       the loop
 Conversation   what lies between two lines of input
 printable      text that cannot steer the terminal
+told           an error as a line of text
+show_boxes     boxes as lines of text
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .draw import draw_regions, save_image
 from .errors import ImageError, PromptError, QwenVLError
 from .image import open_image
 from .pipeline import Pipeline
+from .text.boxes import Box
 from .text.parts import Turn
 
 HELP = """\
@@ -37,37 +40,61 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
+def told(error: QwenVLError) -> str:
+    """One line, whatever the names in it hold."""
+    return "error: " + " ".join(printable(str(error)).splitlines())
+
+
+def show_boxes(boxes: Sequence[Box]) -> None:
+    """Print a line for each box, in pixels."""
+    for box in boxes:
+        print(f"{printable(box.label or '')}: ({box.x1:.0f},{box.y1:.0f}),({box.x2:.0f},{box.y2:.0f}) in pixels")
+    if not boxes:
+        print("no box found")
+
+
 class Conversation:
-    """One chat: its history, pictures waiting for the next message, the latest picture and its annotated copy."""
+    """One chat: its history, pictures waiting for the next message, the latest picture and its annotated copy.
+
+    `pictures` keeps every picture under the name that the history uses: a file that is deleted or a URL that goes away
+    in the middle does not end the conversation.
+    """
 
     def __init__(self, pipeline: Pipeline, out: str | Path, **options: Any) -> None:  # noqa: ANN401
         self.pipeline, self.out, self.options = pipeline, Path(out), options
-        self.clear("")
+        self._forget()
+
+    def _forget(self) -> None:
+        self.history: list[Turn] = []
+        self.waiting: list[str] = []
+        self.pictures: dict[str, Image.Image] = {}
+        self.picture: Image.Image | None = None
+        self.annotated: Image.Image | None = None
 
     def clear(self, _: str) -> None:
         """Forget everything that was said and shown."""
-        self.history: list[Turn] = []
-        self.waiting: list[str] = []
-        self.picture: Image.Image | None = None
-        self.annotated: Image.Image | None = None
+        self._forget()
+        print("  everything said and shown is forgotten")
 
     def image(self, source: str) -> None:
         """Open a picture, so that a mistake shows now, and keep it for the next message."""
         if not source:
             raise PromptError("/image needs a path or URL")
-        source = os.path.expanduser(source.strip("'\""))
-        self.picture = open_image(source, self.pipeline.policy)
+        source = _path(source)
+        self.picture = self.pictures[source] = open_image(source, self.pipeline.policy)
         self.waiting.append(source)
         print(f"  picture of {self.picture.width} x {self.picture.height} pixels, for your next message")
 
     def ask(self, text: str) -> None:
         """Stream the answer to a message and draw its boxes."""
         query = [*({"image": source} for source in self.waiting), {"text": text}]
-        stream = self.pipeline.chat_stream(query, self.history, **self.options)
+        stream = self.pipeline.chat_stream(query, self.history, images=self.pictures, **self.options)
         try:
             for delta in stream:
                 print(printable(delta), end="", flush=True)
         except KeyboardInterrupt:
+            if not stream.reply:  # stopped before it began: as if it had not been asked
+                raise
             stream.close()
             print(" [stopped]", end="")
         print()
@@ -82,23 +109,25 @@ class Conversation:
         if self.picture is None:
             raise PromptError("there is no picture yet: /image PATH")
         boxes = self.pipeline.ground(self.picture, phrase)
-        for found in boxes:
-            print(f"{found.label}: ({found.x1:.0f},{found.y1:.0f}),({found.x2:.0f},{found.y2:.0f}) in pixels")
+        show_boxes(boxes)
         if boxes:
             self._keep(draw_regions(self.picture, boxes, self.pipeline.font))
-        else:
-            print("no box found")
 
-    def save(self, path: str) -> None:
+    def save(self, name: str) -> None:
         """Write the conversation or the annotated picture, by the ending of the name."""
-        if not path:
+        if not name:
             raise PromptError("/save needs a file name: .json for the conversation, .png or .jpg for the picture")
-        if path.endswith(".json"):
-            turns = [turn.to_dict() for turn in self.history]
+        path = Path(_path(name))
+        if path.suffix.lower() == ".json":
+            turns = json.dumps([turn.to_dict() for turn in self.history], ensure_ascii=False, indent=2) + "\n"
+            temporary = path.with_name(f".{path.name}.part")
             try:
-                Path(path).write_text(json.dumps(turns, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise PromptError(f"cannot write {path}: {error.strerror}") from None
+                temporary.write_text(turns, encoding="utf-8")
+                temporary.replace(path)  # in one step: a full disk leaves the file that was there
+            except (OSError, ValueError) as error:
+                with contextlib.suppress(OSError, ValueError):
+                    temporary.unlink()
+                raise PromptError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
         elif self.annotated is None:
             raise PromptError("there is no annotated picture yet: /box PHRASE, or ask for a box")
         else:
@@ -123,10 +152,24 @@ class Conversation:
         print(f"  drew the boxes: {self.out / f'boxes-{number}.png'}")
 
 
+def _path(text: str) -> str:
+    """A path or URL as it was typed, or dropped into the terminal, which quotes it or escapes its spaces."""
+    text = os.path.expanduser(text.strip("'\""))
+    return text if os.path.exists(text) else text.replace("\\ ", " ")
+
+
+def _line_editing() -> None:
+    """Give `input` a history, and file names on the Tab key, where Python was built with readline."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        readline.set_completer_delims(" \t\n'\"")
+        readline.parse_and_bind("tab: complete")  # with no completer set, these are file names
+
+
 def converse(pipeline: Pipeline, images: Sequence[str], out: str, **options: Any) -> None:  # noqa: ANN401
     """Read lines and answer them until the input ends. A mistake is told in one line and loses nothing."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` line editing and a history
+    _line_editing()
     conversation = Conversation(pipeline, out, **options)
     commands = {
         "/image": conversation.image,
@@ -158,4 +201,6 @@ def converse(pipeline: Pipeline, images: Sequence[str], out: str, **options: Any
             elif line:
                 conversation.ask(line)
         except QwenVLError as error:
-            print(f"error: {error}")
+            print(told(error))
+        except KeyboardInterrupt:
+            print(" [stopped]")

@@ -93,7 +93,7 @@ def test_alpha_is_kept_while_decoding_past_a_boundary(tiny_112: Golden) -> None:
 RAGGED: list[tuple[int | str, ...]] = [
     ("a.png", 20, "b.png", 10),  # 546: just behind the boundary
     (7,),
-    (200, "c.png", 40),  # 498: before it
+    (200, "a.png", 40),  # 498: before it
     (250, "b.png", 300, "a.png", 300),  # 1366: alpha 7
     (1,),
 ]
@@ -331,17 +331,24 @@ def test_training_mode_knows_neither_ntk_nor_logn() -> None:
     assert (model.eval()(ids) - plain(ids)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("switch", ["use_dynamic_ntk", "use_logn_attn"])
-def test_switches_of_the_configuration(switch: str) -> None:
-    """`use_dynamic_ntk` and `use_logn_attn` each turn off their own half, in eval mode too."""
+def test_dynamic_ntk_can_be_off() -> None:
+    """`use_dynamic_ntk: false` keeps alpha 1 at any length, cached or not, and leaves log-n alone."""
     ids = torch.randint(0, 60, (1, 200), generator=torch.Generator().manual_seed(0))
-    both, one = random_model(small_config())(ids), random_model(small_config(**{switch: False}))(ids)
-    assert (both - one).abs().max() > 0.01
-    near(both[:, :1], one[:, :1] if switch == "use_logn_attn" else both[:, :1])
-    if switch == "use_logn_attn":  # alpha stretches all positions, log-n those behind the boundary
-        near(both[:, :64], one[:, :64])
-    else:
-        near(random_model(small_config(use_dynamic_ntk=False))(ids), random_model(small_config())(ids, ntk_alpha=1))
+    config = small_config(use_dynamic_ntk=False)
+    model = random_model(config)
+    near(model(ids), random_model(small_config())(ids, ntk_alpha=1))
+    cache = KVCache.allocate(config, 1, 200)
+    near(model(ids, cache=cache), model(ids))
+    assert cache.alphas.tolist() == [1]
+
+
+def test_logn_can_be_off() -> None:
+    """`use_logn_attn: false` changes nothing up to `seq_length` and everything behind it."""
+    ids = torch.randint(0, 60, (1, 200), generator=torch.Generator().manual_seed(0))
+    both, without = random_model(small_config())(ids), random_model(small_config(use_logn_attn=False))(ids)
+    near(both[:, :64], without[:, :64])
+    assert ((both - without)[:, 64:].abs().amax(-1) > 0).all()
+    assert (both - without).abs().max() > 0.01
 
 
 def test_ntk_alpha_of_each_row() -> None:

@@ -41,7 +41,8 @@ class Int4Linear(nn.Module):
         for name, shape in packed.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // quantization.group_size)
+        group_of = torch.arange(groups, dtype=torch.int32)[:, None].expand(-1, quantization.group_size)
+        self.register_buffer("g_idx", group_of.flatten()[:in_features])
         self.register_buffer("bias", torch.zeros(out_features))
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:

@@ -125,12 +125,14 @@ class KVCache:
         would get another alpha, a warning says so: to get what a fresh prompt gets, rewind to 0 and prefill anew.
         Raises CacheError if a row is shorter than the length asked for.
         """
-        if len(lengths) != self.batch:
-            raise CacheError(f"{len(lengths)} lengths were given to rewind a cache of {self.batch} rows")
+        prompt_lengths = lengths if prompt_lengths is None else prompt_lengths
+        for given in (lengths, prompt_lengths):
+            if len(given) != self.batch:
+                raise CacheError(f"{len(given)} lengths were given to rewind a cache of {self.batch} rows")
         for row, (length, held) in enumerate(zip(lengths, self.host_lengths.tolist(), strict=True)):
             if not 0 <= length <= held:
                 raise CacheError(f"row {row} holds {held} tokens and cannot be rewound to {length}")
-            prompt_length = length if prompt_lengths is None else prompt_lengths[row]
+        for row, (length, prompt_length) in enumerate(zip(lengths, prompt_lengths, strict=True)):
             if length == 0:
                 self.alphas[row] = 0
             elif self.alphas[row] and not self.fits(row, prompt_length):

@@ -119,7 +119,8 @@ class Decoder(nn.Module):
     def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        # From an empty table, since drawing random numbers on the meta device, only to load others, takes seconds.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -203,6 +204,8 @@ class Decoder(nn.Module):
             return
         if cache.batch != batch:
             raise CacheError(f"the cache has {cache.batch} rows but the input has {batch}")
+        if cache.keys.dtype != self.wte.weight.dtype:
+            raise CacheError(f"the cache is {cache.keys.dtype} but the model is {self.wte.weight.dtype}")
         if max(starts) + columns > cache.max_length:
             raise CacheError(
                 f"the cache has {cache.max_length} slots a row, but {max(starts)} are taken and {columns} more were "

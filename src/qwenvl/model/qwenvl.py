@@ -50,7 +50,8 @@ class QwenVL(nn.Module):
         self.visual = VisionTower(config.visual)
         self.resampler = Resampler(config.visual)
         self.decoder = Decoder(config)
-        self.initialize()
+        if not self.decoder.wte.weight.is_meta:
+            self.initialize()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Visual tokens [N,Q,C] of pixels [N,3,S,S] (from `qwenvl.preprocess`; moved to the model's device and dtype).
@@ -119,12 +120,17 @@ class QwenVL(nn.Module):
             x = self._look_up(input_ids, checked=may_have_spans)
         else:
             x, may_have_spans = embeddings.to(self.decoder.wte.weight), False
+            if x.dim() != 3 or x.shape[2] != self.config.hidden_size or x.numel() == 0:
+                width = self.config.hidden_size
+                raise PromptError(f"embeddings must be [B,T,{width}] with at least one token, not {list(x.shape)}")
             if input_ids is not None and input_ids.shape != x.shape[:2]:
                 raise PromptError(f"embeddings are {list(x.shape)} but input_ids are {list(input_ids.shape)}")
         real = _real_columns(attention_mask, x)
         if may_have_spans or pixels is not None or image_features is not None:
             x = self._fill_spans(x, input_ids, pixels, image_features, real)
         batch, columns = x.shape[:2]
+        if logits_to_keep is not None and logits_to_keep < 0:
+            raise PromptError(f"logits_to_keep must be from 0 up, not {logits_to_keep}")
         alphas = None if ntk_alpha is None else self._alphas(ntk_alpha, batch, cache)
         order, row_lengths = (None, [columns] * batch) if real is None else _left_alignment(real)
         if order is not None:
@@ -137,7 +143,7 @@ class QwenVL(nn.Module):
             x = _take_columns(x, back)
             hidden = hidden and [_take_columns(h, back) for h in hidden]
             maps = maps and [_restore_map(m, back, keys_too=cache is None) for m in maps]
-        logits = self.decoder.lm_head(x if logits_to_keep is None else x[:, -logits_to_keep:])
+        logits = self.decoder.lm_head(x if logits_to_keep is None else x[:, max(columns - logits_to_keep, 0) :])
         if hidden is None and maps is None:
             return logits
         return Output(logits, None if hidden is None else tuple(hidden), None if maps is None else tuple(maps))

@@ -33,9 +33,11 @@ class ReplyStream:
 
     def flush(self) -> str:
         """What is left when no more ids come."""
-        delta = self._release(self._decoder.flush()) + self._held
-        self._held = ""
-        return delta.rstrip() if self._strip else delta
+        delta = self._release(self._decoder.flush())
+        rest, self._held = self._held, ""
+        if self._strip:
+            rest = rest.rstrip() if self._begun else rest.strip()
+        return delta + rest
 
     def _release(self, text: str) -> str:
         if self.stopped:
@@ -45,13 +47,13 @@ class ReplyStream:
         if ends:
             self.stopped = True
             self._held = self._held[: min(ends)]
-        if self._strip and not self._begun:
-            self._held = self._held.lstrip()
-            self._begun = bool(self._held)
         certain = len(self._held) if self.stopped else len(self._held) - self._maybe_stop()
         if self._strip:
             certain = len(self._held[:certain].rstrip())
         delta, self._held = self._held[:certain], self._held[certain:]
+        if self._strip and not self._begun:  # not before: white space can belong to a stop string
+            delta = delta.lstrip()
+            self._begun = bool(delta)
         if self.stopped:
             self._held = ""
         return delta
