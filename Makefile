@@ -46,8 +46,9 @@ bench: $(READY) ## time against a plain eager formulation of the reference
 	$(RUN) bench/compare_eager.py
 
 tiny: $(READY) ## make weights/tiny anew
-	rm -rf weights/tiny
-	$(RUN) tools/make_tiny.py weights/tiny
+	rm -rf build/tiny
+	$(RUN) tools/make_tiny.py build/tiny
+	cp build/tiny/* weights/tiny/
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist $(OUT)

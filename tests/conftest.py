@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Golden
+from support import Golden, chat_config, random_model, write_checkpoint, write_vocabulary
 
 import qwenvl
+from qwenvl.text.tokenizer import Tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 DIFFERENCES = pytest.StashKey[dict[str, dict[str, float]]]()
@@ -59,6 +60,16 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     """Both golden models, one after the other."""
     fixture: Golden = request.getfixturevalue(request.param.replace("-", "_"))
     return fixture
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole chat checkpoint of random weights: its own small vocabulary, greedy, ChatML, 40 new tokens."""
+    vocabulary = write_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+    tokenizer = Tokenizer(vocabulary)
+    generation = {"chat_format": "chatml", "eos_token_id": tokenizer.eos_id, "max_new_tokens": 40}
+    folder = tmp_path_factory.mktemp("checkpoints") / "chat"
+    return write_checkpoint(folder, random_model(chat_config(tokenizer)), vocabulary, generation)
 
 
 @pytest.fixture(scope="session")

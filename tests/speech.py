@@ -24,7 +24,7 @@ def speak(monkeypatch: pytest.MonkeyPatch, *replies: Reply) -> None:
         reply = waiting.pop(0)
         text, interruption = reply if isinstance(reply, tuple) else (reply, None)
         for id_ in tokenizer.encode_tagged(text, REGION_TAGS):
-            yield NewIds([id_], [None])
+            yield NewIds([id_])
         if interruption is not None:
             raise interruption
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from qwenvl.config import QwenVLConfig, VisionConfig
 from qwenvl.errors import QwenVLError
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.pipeline import Pipeline
-from qwenvl.text.tokenizer import VOCABULARY_FILE
+from qwenvl.text.tokenizer import VOCABULARY_FILE, Tokenizer
+from qwenvl.weights.write import save
 
 TOLERANCE = 2e-5  # absolute, on float32 logits and features; what goldens/README promises
 
@@ -103,19 +105,18 @@ def small_config(**changes: Any) -> QwenVLConfig:
         "n_queries": 4,
     }
     vision |= {name: changes.pop(name) for name in list(changes) if name in VisionConfig.__dataclass_fields__}
-    plain = QwenVLConfig(
-        vocab_size=64,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        kv_channels=32,
-        intermediate_size=256,
-        max_position_embeddings=512,
-        seq_length=64,
-        initializer_range=0.1,
-        visual=VisionConfig(**vision),
-    )
-    return replace(plain, **changes)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 32,
+        "intermediate_size": 256,
+        "max_position_embeddings": 512,
+        "seq_length": 64,
+        "initializer_range": 0.1,
+    }
+    return QwenVLConfig.from_dict({**sizes, **changes, "visual": vision})
 
 
 def random_model(config: QwenVLConfig, seed: int = 0) -> QwenVL:
@@ -155,10 +156,32 @@ def one_line_error(kind: type[QwenVLError], *says: str | int) -> Iterator[None]:
 def write_vocabulary(folder: Path, words: str = "the dog cat is in this picture box what where user assistant") -> Path:
     """A small vocabulary in a folder: every byte, some words with and without a space, halves of two characters."""
     merges: dict[bytes, None] = {bytes([byte]): None for byte in range(256)}
-    for word in [form for word in words.split() for form in (word, f" {word}")]:
-        for end in range(2, len(word) + 1):  # every beginning, so that the merges can be reached
-            merges[word[:end].encode()] = None
+    for form in [form for word in words.split() for form in (word, f" {word}")]:
+        for end in range(2, len(form) + 1):  # every beginning, so that the merges can be reached
+            merges[form[:end].encode()] = None
     merges |= dict.fromkeys(["你".encode()[:2], "你".encode(), "😀".encode()[:2]])
     path = folder / VOCABULARY_FILE
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(merges)))
     return path
+
+
+def chat_config(tokenizer: Tokenizer, **changes: Any) -> QwenVLConfig:
+    """A small configuration with a tokenizer's ids, spans of 16, `seq_length` 192, and an output wider than they are."""
+    sizes = {
+        "vocab_size": tokenizer.n_vocab + 12,
+        "image_start_id": tokenizer.image_start_id,
+        "image_size": 56,
+        "n_queries": 16,
+        "seq_length": 192,
+        "max_position_embeddings": 1024,
+    }
+    return small_config(**(sizes | changes))
+
+
+def write_checkpoint(folder: Path, model: QwenVL, vocabulary: Path | None, generation: dict[str, Any] | None) -> Path:
+    """A checkpoint folder in our layout, with or without a vocabulary and a generation config."""
+    files = {} if vocabulary is None else {VOCABULARY_FILE: vocabulary.read_bytes()}
+    if generation is not None:
+        files["generation_config.json"] = json.dumps(generation).encode()
+    save(model.state_dict(), folder, model.config, files, quiet=True)
+    return folder

@@ -180,12 +180,13 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 def _load(given: argparse.Namespace) -> Pipeline:
     from .loading import load
+    from .terminal import printable
 
     pipeline = load(
         given.model, given.device, given.dtype, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet
     )
     if pipeline.config.note and not given.quiet:
-        print(f"{given.model}: {pipeline.config.note}", file=sys.stderr)
+        print(printable(f"{given.model}: {pipeline.config.note}"), file=sys.stderr)
     return pipeline
 
 

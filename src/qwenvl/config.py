@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ def _numbers(config: object, *names: str, above: float = 0.0) -> None:
         value = getattr(config, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(
-            is_number and math.isfinite(value) and value > above,
+            is_number and above < value <= sys.float_info.max,  # which NaN, infinity and integers of any length are not
             f"{name} must be a number above {above:g}, not {value!r}",
         )
 
@@ -81,7 +82,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - parsed JSON
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, thousands of digits, or nested without end
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -110,6 +111,10 @@ class VisionConfig:
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}",
+        )
+        _require(
+            1 <= self.width * self.mlp_ratio <= sys.maxsize,
+            f"mlp_ratio {self.mlp_ratio} times width {self.width} is no width of a layer",
         )
         _require(self.width % self.heads == 0, f"width {self.width} must be a multiple of heads {self.heads}")
         _require(
@@ -211,6 +216,7 @@ class QwenVLConfig:
         )
         _numbers(self, "layer_norm_epsilon", "rotary_emb_base", "initializer_range")
         _booleans(self, "use_dynamic_ntk", "use_logn_attn")
+        _require(self.seq_length > 1, "seq_length must be above 1, as log-n scaling divides by its logarithm, not 1")
         heads, size = self.num_attention_heads, self.kv_channels
         _require(
             heads * size == self.hidden_size,
@@ -293,9 +299,11 @@ class GenerationConfig:
         _positive_whole_numbers(self, "max_window_size", "max_new_tokens")
         _booleans(self, "do_sample")
         _numbers(self, "temperature", "top_p", "repetition_penalty")
+        _require(self.top_p <= 1, f"top_p must be at most 1, not {self.top_p!r}")
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, f"{name} must be a whole number from 0 up, not {value!r}")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(is_whole and value >= 0, f"{name} must be a whole number from 0 up, not {value!r}")
         if isinstance(self.eos_token_id, list):  # as JSON has it; a frozen dataclass wants something hashable
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         _require(

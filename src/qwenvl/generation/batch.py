@@ -91,10 +91,14 @@ def generate_batch(
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same rows with all padding at the left, so that every row's last column is its last token."""
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise PromptError(f"input_ids must be [B,T] with at least one token, not {list(input_ids.shape)}")
     if attention_mask is None:
         return input_ids, None
     if attention_mask.shape != input_ids.shape:
         raise PromptError(f"attention_mask is {list(attention_mask.shape)} but input_ids are {list(input_ids.shape)}")
     real = attention_mask.to(input_ids.device).bool()
+    if empty := [row for row, tokens in enumerate(real.sum(dim=1).tolist()) if not tokens]:
+        raise PromptError(f"row {empty[0]} is all padding: there is no prompt to continue")
     order = real.to(torch.uint8).argsort(dim=1, stable=True)
     return input_ids.gather(1, order), real.gather(1, order)

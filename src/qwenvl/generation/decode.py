@@ -58,17 +58,17 @@ def prefill(
     return logits[:, -1]
 
 
-def room(cache: KVCache, options: SamplingOptions) -> int:
-    """How many new tokens the longest row of a prefilled cache may get: what is asked for, as far as positions last.
+def room(cache: KVCache, options: SamplingOptions) -> list[int]:
+    """How many new tokens each row of a prefilled cache may get: what is asked for, as far as its positions last.
 
-    Raises PromptError if there is no position left for one.
+    Raises PromptError if a row has no position left for one.
     """
-    longest, positions = int(cache.host_lengths.max()), cache.config.max_position_embeddings
-    if longest >= positions:
+    lengths, positions = cache.host_lengths.tolist(), cache.config.max_position_embeddings
+    if max(lengths) >= positions:
         raise PromptError(
             f"the prompt takes all {positions} positions of the model; shorten it to leave room to answer"
         )
-    return min(options.max_new_tokens, positions - longest)
+    return [min(options.max_new_tokens, positions - length) for length in lengths]
 
 
 @torch.no_grad()
@@ -94,19 +94,19 @@ def decode(
         should_stop: `should_stop(row, id)` ends a row after this id; how stop strings are found.
         n_vocab: ids from here up do not exist for the tokenizer and are never emitted.
 
-    A row also ends after `max_new_tokens`; all end where the longest runs out of the model's positions. Rows that have
-    ended are stepped along, unseen, until the last ends. The cache then holds the prompt and all new ids but the last.
-    Raises QwenVLError if a row has no id to choose.
+    A row also ends after `max_new_tokens`, or where the model's positions do. Rows that have ended are stepped along,
+    unseen, until the last ends. The cache then holds the prompt and all new ids but the last. Raises QwenVLError if a
+    row has no id to choose.
     """
-    width, limit = history.shape[1], room(cache, options)
+    width, limits = history.shape[1], room(cache, options)
     rows = range(len(logits))
     generators = row_generators(options.seed, len(logits), logits.device) if options.do_sample else None
-    text = torch.nn.functional.pad(history, (0, limit))
+    text = torch.nn.functional.pad(history, (0, max(limits)))
     mask = torch.ones_like(text, dtype=torch.bool)
     if history_mask is not None:
         mask[:, :width] = history_mask.bool()
     going = set(rows)
-    for n_generated in range(limit):
+    for n_generated in range(max(limits)):
         so_far = width + n_generated
         scores = process(
             logits,
@@ -128,12 +128,17 @@ def decode(
         going -= {
             row
             for row in going
-            if chosen[row] in stop_ids or (should_stop is not None and should_stop(row, chosen[row]))
+            if chosen[row] in stop_ids
+            or (should_stop is not None and should_stop(row, chosen[row]))
+            or n_generated + 1 == limits[row]
         }
-        if not going or n_generated + 1 == limit:
+        if not going:
             return
         text[:, so_far] = ids
-        logits = model(ids[:, None], cache=cache, logits_to_keep=1)[:, -1]
+        # A row that has run out of positions cannot be stepped along: from then on, those that ended stand still.
+        full = int(cache.host_lengths.max()) + 1 == model.config.max_position_embeddings
+        real = torch.tensor([[row in going] for row in rows]) if full else None
+        logits = model(ids[:, None], attention_mask=real, cache=cache, logits_to_keep=1)[:, -1]
 
 
 @torch.no_grad()
@@ -151,9 +156,10 @@ def search(
 ) -> list[list[Hypothesis]]:
     """Beam search behind B prompts whose prefill stands in the first B of the cache's B x num_beams rows.
 
-    Arguments as in `decode`; returns, for each prompt, its best texts, best first.
+    Arguments as in `decode`; returns, for each prompt, its best texts, best first. All end where the longest prompt runs
+    out of the model's positions.
     """
-    limit = room(cache, options)
+    limit = min(room(cache, options))
 
     def step(rows: Tensor, ids: Tensor) -> Tensor:
         new: Tensor = model(ids[:, None], cache=cache.reorder(rows.tolist()), logits_to_keep=1)

@@ -51,6 +51,9 @@ def start(
             f"the prompt has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; "
             "shorten it, drop a picture, or lower max_window_size"
         )
+    weight = model.decoder.wte.weight
+    if session.cache is not None and (session.cache.keys.dtype, session.cache.keys.device) != (weight.dtype, weight.device):
+        session.cache, session.signs = None, []  # the model was moved or cast since
     signs = _signs(ids, [hash_ for hash_, _ in images], config.visual.image_start_id, config.visual.n_queries)
     kept = _common_prefix(session, signs)
     cache = session.cache
@@ -66,13 +69,15 @@ def start(
         encoded = model.encode_images(torch.stack([new[hash_] for hash_ in missing]))
         session.features |= dict(zip(missing, encoded, strict=True))
     session.features = {hash_: session.features[hash_] for hash_, _ in images if hash_ in session.features}
-    session.signs = list(signs)
-    return prefill(
+    session.signs = signs[:kept]  # what the cache holds, should the prefill fail
+    logits = prefill(
         model,
         cache,
         torch.tensor([list(ids[kept:])], device=cache.keys.device),
         image_features=torch.stack([session.features[hash_] for hash_, _ in images[skipped:]]) if new else None,
     )
+    session.signs = signs
+    return logits
 
 
 def _signs(ids: Sequence[int], hashes: Sequence[str], image_start_id: int, n_queries: int) -> list[Sign]:
