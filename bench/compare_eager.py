@@ -4,7 +4,7 @@
     python bench/compare_eager.py --quick    # a smoke run
     python bench/compare_eager.py --save     # also append the JSON line to bench/results/compare_eager.jsonl
 
-Both run on the same weights, in the same process, in turn (A B A B ...), so that a change of the machine's speed hits
+Both run on the same weights, in the same process, in turn (A B, B A, ...), so that a change of the machine's speed hits
 both. Printed are medians with the 10th and 90th percentile, and the median of the ratios pair by pair. The last line
 is JSON.
 """

@@ -166,7 +166,7 @@ def write_vocabulary(folder: Path, words: str = "the dog cat is in this picture 
 
 
 def chat_config(tokenizer: Tokenizer, **changes: Any) -> QwenVLConfig:
-    """A small configuration with a tokenizer's ids, spans of 16, `seq_length` 192, and an output wider than they are."""
+    """A small configuration with a tokenizer's ids, spans of 16, `seq_length` 192 and a wider output."""
     sizes = {
         "vocab_size": tokenizer.n_vocab + 12,
         "image_start_id": tokenizer.image_start_id,

@@ -2,79 +2,26 @@
 
 import io
 import json
-import os
+import runpy
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run
 from PIL import Image
 from safetensors.torch import load_file
 from speech import DOG, DOG_PLACE, speak
 
 import qwenvl
-from qwenvl import cli, loading
+from qwenvl import cli
 from qwenvl.weights.hub import embedded
 
+pytest_plugins = ("command_fixtures",)
 COMMANDS = ("chat", "generate", "ground", "info", "convert", "demo")
 SHORT = ("--max-new-tokens", "4")
-# A process of its own finds this checkout's package from every folder.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(qwenvl.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def dog(tmp_path: Path) -> str:
-    """A grey picture of 200 x 100 pixels."""
-    Image.new("RGB", (200, 100), (90, 90, 90)).save(tmp_path / "dog.png")
-    return str(tmp_path / "dog.png")
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch, shared: qwenvl.Pipeline) -> None:
-    """Load the embedded model once for the whole module; whatever else a command names is really loaded."""
-    load = loading.load
-
-    def load_or_share(name: Any, device: Any, dtype: Any, **options: Any) -> qwenvl.Pipeline:
-        return shared if (name, device, dtype) == ("tiny", "auto", "auto") else load(name, device, dtype, **options)
-
-    monkeypatch.setattr(loading, "load", load_or_share)
-
-
-@pytest.fixture(scope="module")
-def shared() -> qwenvl.Pipeline:
-    """The embedded model."""
-    return qwenvl.load("tiny", "cpu", quiet=True)
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command here; returns its status, what it printed, and its remarks."""
-
-    def run_here(*arguments: str) -> tuple[int, str, str]:
-        try:
-            status = cli.main(arguments)
-        except SystemExit as stop:  # argparse
-            status = int(stop.code or 0)
-        return status, *capsys.readouterr()
-
-    return run_here
-
-
-def outside(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "qwenvl.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
-
-
 # ---- help
 
 
@@ -96,156 +43,9 @@ def test_examples_of_the_help_can_be_parsed() -> None:
                 assert cli._parser().parse_args(words[1:]).run, line
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    """Help of every command answers without the heavy imports, and so at once."""
-    script = f"""
-import sys
-from qwenvl.cli import main
-for command in {("", *COMMANDS)!r}:
-    try:
-        main([*command.split(), "--help"])
-    except SystemExit:
-        pass
-heavy = {{"torch", "numpy", "PIL", "tiktoken", "safetensors", "huggingface_hub"}} & set(sys.modules)
-assert not heavy, heavy
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
 def test_version(run: Run) -> None:
     """`--version` is the package's own."""
     assert run("--version")[:2] == (0, f"qwenvl {qwenvl.__version__}\n")
-
-
-# ---- mistakes
-
-
-def mistaken(run: Run, *arguments: str, says: str) -> None:
-    """The command must end with status 2, nothing on stdout and one line on stderr."""
-    status, out, err = run(*arguments, "--quiet") if arguments else run()
-    assert status == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert len(err.splitlines()) == 1, err
-    assert says in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("", "required: command; see qwenvl --help"),
-        ("shout", "invalid choice: 'shout'"),
-        ("chat hi --loud", "unrecognized arguments: --loud"),
-        ("chat hi --top-k many", "argument --top-k: invalid int value: 'many'"),
-        ("ground dog", "required: --image; see qwenvl ground --help"),
-        ("convert tiny", "required: destination"),
-        ("convert tiny there --to ours", "invalid choice: 'ours'"),
-        ("chat hi --image missing.png", "cannot read 'missing.png': No such file"),
-        ("chat --image missing.png", "cannot read 'missing.png': No such file"),
-        ("generate hi --image notes.txt", "'notes.txt' is not a picture"),
-        ("ground dog --image .", "'.' is not a file"),
-        ("ground dog --image empty.png", "'empty.png' is empty"),
-        ("chat hi --image http://127.0.0.1/a.png", "127.0.0.1"),
-        ("chat hi --model nothing", "there is no folder nothing"),
-        ("chat hi --model notes.txt", "notes.txt is a file"),
-        ("chat hi --model empty", "empty holds no weights"),
-        ("info empty", "empty holds no weights"),
-        ("info nothing", "there is no folder nothing"),
-        ("chat hi --dtype int8", "dtype 'int8' is not one; use auto, float32"),
-        ("chat hi --device gpu", "device 'gpu' is not one; use auto, cpu"),
-        ("chat hi --temperature 0", "temperature must be a number above 0"),
-        ("chat hi --temperature nan", "temperature must be a number above 0"),
-        ("chat hi --top-p 2", "top_p must be a number from 0 to 1"),
-        ("chat hi --top-k -1", "top_k must be a whole number from 0"),
-        ("chat hi --repetition-penalty 0", "repetition_penalty must be"),
-        ("generate hi --max-new-tokens 0", "max_new_tokens must be a whole number from 1"),
-        ("generate hi --seed -1", "seed must be a whole number from 0"),
-        ("chat hi --save boxes.png", "--save needs a picture"),
-        ("chat hi --json --save boxes.png", "--save needs a picture"),
-        ("chat hi --image dog.png --save boxes.xyz", "end the name in .png"),
-        ("chat hi --image dog.png --save boxes", "end the name in .png"),
-        ("chat hi --image dog.png --json --save no/where.png", "no is not a folder that you may write into"),
-        ("ground dog --image dog.png --save notes.txt/b.png", "notes.txt is not a folder"),
-        ("chat --json", "need a question"),
-        ("chat --image dog.png --save b.png", "need a question"),
-        ("convert tiny full", "full exists and holds something else"),
-        ("convert tiny notes.txt", "notes.txt exists and holds something else"),
-        ("convert empty there", "empty holds no weights"),
-        ("convert tiny there --max-shard-bytes 0", "max_shard_bytes must be positive"),
-        ("demo --out notes.txt", "cannot make the folder notes.txt"),
-    ],
-)
-def test_mistake(
-    run: Run, dog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, says: str
-) -> None:
-    """A user's mistake is one line that says what was wrong, status 2, and nothing is written."""
-    (tmp_path / "notes.txt").write_text("not a picture")
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("keep me")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    assert Path(dog) in before
-    mistaken(run, *arguments.split(), says=says)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("question", ["", " " * 10])
-def test_empty_question(run: Run, question: str) -> None:
-    """An empty question is a mistake; white space is text, which the model may answer."""
-    if question:
-        assert run("chat", question, "--quiet", *SHORT)[0] == 0
-    else:
-        mistaken(run, "chat", question, says="the prompt is empty")
-        mistaken(run, "generate", question, says="the prompt is empty")
-
-
-def test_prompt_beyond_the_positions(run: Run) -> None:
-    """A prompt that is longer than the model's positions is refused with both numbers."""
-    mistaken(run, "chat", "猫 dog " * 2000, says="the model has 8192 positions")
-
-
-def test_names_with_line_ends_and_escapes(run: Run) -> None:
-    """A name of several lines, or with an escape sequence, makes neither two lines of error nor colours."""
-    mistaken(run, "info", "no\nsuch\x1b[31m", says="there is no folder no such�[31m")
-
-
-def broken(tmp_path: Path, **changes: Any) -> Path:
-    """The embedded checkpoint with another config.json."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in embedded("tiny").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("command", ["chat", "info", "convert"])
-def test_broken_checkpoint(run: Run, tmp_path: Path, command: str) -> None:
-    """Every command that reads a checkpoint says what is wrong with it, in one line, and writes nothing."""
-    words = {"chat": ["hi", "--model"], "info": [], "convert": []}[command]
-    after = [str(tmp_path / "there")] if command == "convert" else []
-    folder = broken(tmp_path, hidden_size=96)
-    mistaken(run, command, *words, str(folder), *after, says="hidden_size 96")
-    (folder / "config.json").write_text("{")
-    mistaken(run, command, *words, str(folder), *after, says="config.json")
-    (folder / "config.json").write_bytes((embedded("tiny") / "config.json").read_bytes())
-    shard = folder / "model-00001-of-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    mistaken(run, command, *words, str(folder), *after, says=shard.name)
-    assert not list(tmp_path.glob("there*"))
-
-
-def test_checkpoint_without_vocabulary(run: Run, tmp_path: Path) -> None:
-    """A folder without a vocabulary can be described, and a question to it says what it lacks."""
-    folder = broken(tmp_path)
-    (folder / "qwen.tiktoken").unlink()
-    assert run("info", str(folder))[0] == 0
-    mistaken(run, "chat", "hi", "--model", str(folder), says="qwen.tiktoken")
 
 
 # ---- chat
@@ -424,7 +224,7 @@ def test_photographs(run: Run, reference_dir: Path) -> None:
 
 
 def contents(folder: Path) -> tuple[dict[str, tuple[Any, ...]], dict[str, bytes]]:
-    """Every tensor's name, dtype, shape and bytes, and the bytes of the files beside them that belong to a checkpoint."""
+    """Every tensor's name, dtype, shape and bytes, and the bytes of the files beside them."""
     tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
     return (
         {name: (t.dtype, t.shape, t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()},
@@ -450,56 +250,18 @@ def test_convert_into_the_same_layout(run: Run, tmp_path: Path) -> None:
     assert run("chat", "Hi", "--model", str(cut), "--quiet", *SHORT) == run("chat", "Hi", "--quiet", *SHORT)
 
 
-def test_tool_is_the_command(tmp_path: Path) -> None:
+def test_tool_is_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`tools/convert_weights.py` is `qwenvl convert`."""
     tool = Path(__file__).parents[1] / "tools" / "convert_weights.py"
-    command = [sys.executable, str(tool), "tiny", str(tmp_path / "there"), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'there'}\n"), done.stderr
+    monkeypatch.setattr(sys, "argv", [str(tool), "tiny", str(tmp_path / "there"), "--quiet"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"wrote {tmp_path / 'there'}\n")
 
 
-# ---- the outside world
-
-
-def test_json_in_a_process_of_its_own(dog: str, tmp_path: Path) -> None:
-    """From another folder, with an ASCII locale and a question that is not UTF-8: one JSON object, status 0."""
-    words = ["chat", b"\xff \xe7\x8c\xab?", "--image", dog, "--json", *SHORT]
-    command = [sys.executable, "-m", "qwenvl.cli", *words]
-    locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**ENVIRONMENT, **locale}, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b"\n") == 1
-    assert json.loads(done.stdout)["reply"]
-
-
-def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """What a shell sees of a mistake: status 2, one line on stderr, nothing on stdout."""
-    done = outside("chat", "hi", "--image", "no.png", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: cannot read 'no.png': No such file or directory\n"
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["info", "tiny"]])
-def test_broken_pipe(arguments: list[str]) -> None:
-    """A reader that goes away, as `head` does, is no error: no traceback, status 0."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "qwenvl.cli", *arguments]
-    with os.fdopen(writer, "wb") as pipe:
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_interrupt() -> None:
-    """Ctrl-C in the middle of an answer ends the command with status 130 and no traceback."""
-    command = [sys.executable, "-m", "qwenvl.cli", "chat", "Hi", "--quiet", "--max-new-tokens", "8000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
-        assert process.stdout is not None
-        process.stdout.read(1)  # it speaks
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, b"")
+# ---- the rest
 
 
 def test_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

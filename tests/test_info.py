@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import qwenvl
 from qwenvl import cli
 from qwenvl.config import QuantizationConfig, QwenVLConfig
-from qwenvl.info import PARTS, describe, summarise
+from qwenvl.info import PARTS, describe, summarize
 from qwenvl.weights.hub import embedded
 from qwenvl.weights.keymap import Entry, entries
 
@@ -48,12 +48,12 @@ def test_cache_size_is_the_caches_own() -> None:
     config = QwenVLConfig.load(embedded("tiny"))
     cache = qwenvl.KVCache.allocate(config, 1, 10, torch.float16, torch.device("cpu"))
     taken = cache.keys.nbytes + cache.values.nbytes
-    assert summarise(embedded("tiny"))["kv_cache_bytes_per_token_16_bit"] * 10 == taken
+    assert summarize(embedded("tiny"))["kv_cache_bytes_per_token_16_bit"] * 10 == taken
 
 
 def test_text_has_the_same_numbers() -> None:
     """The table for people shows every part with its numbers, the note, and the sum."""
-    facts = summarise(embedded("tiny"))
+    facts = summarize(embedded("tiny"))
     lines = describe(facts).splitlines()
     for part, sizes in [*facts["parts"].items(), ("all", facts)]:
         (line,) = [line for line in lines if line.startswith(part + " ")]
@@ -69,7 +69,7 @@ def test_int4_counts(tmp_path: Path) -> None:
     """
     plain = replace(QwenVLConfig.load(embedded("tiny")), note=None)
     packed = replace(plain, quantization_config=QuantizationConfig(group_size=32))
-    facts = summarise(write(tmp_path, packed))
+    facts = summarize(write(tmp_path, packed))
     biases_a_layer = 2 * plain.hidden_size + 2 * plain.mlp_width  # c_proj of both, w1, w2; c_attn has one anyway
     expected = sum(torch.Size(e.our_shape).numel() for e in entries(plain)) + plain.num_hidden_layers * biases_a_layer
     assert facts["parameters"] == expected

@@ -64,7 +64,6 @@ def config() -> QwenVLConfig:
             image_start_id=MERGES + SPECIALS.index("<img>"),
             n_queries=64,
         ),
-        torch_dtype="bfloat16",
         note=NOTE,
     )
 

@@ -11,16 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import GenerationConfig, QwenVLConfig
+    from .config import GenerationConfig, QwenVLConfig, SamplingOptions
     from .errors import QwenVLError
-    from .generation.sampling import SamplingOptions
     from .image import preprocess
     from .loading import load
     from .model.cache import KVCache
     from .model.qwenvl import QwenVL
     from .pipeline import Pipeline
     from .text.boxes import Box
-    from .text.prompt import Turn, parse_tagged
+    from .text.parts import Turn, parse_tagged
     from .text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -35,11 +34,11 @@ _HOMES = {
     "QwenVL": ".model.qwenvl",
     "QwenVLConfig": ".config",
     "QwenVLError": ".errors",
-    "SamplingOptions": ".generation.sampling",
+    "SamplingOptions": ".config",
     "Tokenizer": ".text.tokenizer",
-    "Turn": ".text.prompt",
+    "Turn": ".text.parts",
     "load": ".loading",
-    "parse_tagged": ".text.prompt",
+    "parse_tagged": ".text.parts",
     "preprocess": ".image",
 }
 
@@ -58,6 +57,10 @@ __all__ = [
     "parse_tagged",
     "preprocess",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import ImageError, PromptError, QwenVLError
+from .errors import ImageError, PromptError, QwenVLError, printable, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except QwenVLError as error:
-        from .terminal import told
-
         print(told(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -136,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help='a folder (either layout), "owner/name" or "modelscope:owner/name"')
     convert.add_argument("destination", help="the folder to write; must not hold anything else")
     convert.add_argument("--to", choices=("qwenvl", "reference"), help="layout to write (default: the other one)")
-    convert.add_argument("--max-shard-bytes", type=int, default=2_000_000_000, help="default: %(default)s")
+    convert.add_argument("--max-shard-bytes", type=int, help="size of a shard (default: 2 GB)")
 
     demo = command("demo", _demo, "Run the whole path on a picture that is drawn here.", _model)
     demo.add_argument("--out", default="demo-out", help="folder for the pictures (default: %(default)s)")
@@ -180,7 +178,6 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 def _load(given: argparse.Namespace) -> Pipeline:
     from .loading import load
-    from .terminal import printable
 
     pipeline = load(
         given.model, given.device, given.dtype, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet
@@ -213,12 +210,13 @@ def _pictures(given: argparse.Namespace, sources: Sequence[str]) -> list[Image]:
 
 
 def _chat(given: argparse.Namespace) -> None:
-    from .terminal import converse, printable
-    from .text.boxes import parse_spans
-
     system = {} if given.system is None else {"system": given.system}
     if given.question is None and (given.json or given.save):
         raise PromptError("--json and --save need a question on the command line")
+
+    from .terminal import converse
+    from .text.boxes import parse_spans
+
     pictures = _pictures(given, given.image)
     pipeline = _load(given)
     if given.question is None:
@@ -236,7 +234,6 @@ def _chat(given: argparse.Namespace) -> None:
 
 
 def _generate(given: argparse.Namespace) -> None:
-    from .terminal import printable
     from .text.boxes import parse_spans
 
     pictures = _pictures(given, given.image)
@@ -287,12 +284,11 @@ def _report(
 
 
 def _info(given: argparse.Namespace) -> None:
-    from .info import describe, summarise
-    from .terminal import printable
+    from .info import describe, summarize
     from .weights.hub import resolve
 
     folder = resolve(given.checkpoint, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet)
-    facts = summarise(folder)
+    facts = summarize(folder)
     print(json.dumps(facts) if given.json else printable(describe(facts)))
 
 
@@ -301,7 +297,8 @@ def _convert(given: argparse.Namespace) -> None:
     from .weights.hub import resolve
 
     source = resolve(given.source, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet)
-    written = convert(source, given.destination, to=given.to, max_shard_bytes=given.max_shard_bytes, quiet=given.quiet)
+    size = {} if given.max_shard_bytes is None else {"max_shard_bytes": given.max_shard_bytes}
+    written = convert(source, given.destination, to=given.to, **size, quiet=given.quiet)
     print(f"wrote {given.destination}" if written else f"{given.destination} already is this conversion, whole")
 
 

@@ -3,7 +3,8 @@
     VisionConfig         the `visual` part of config.json
     QuantizationConfig   the `quantization_config` part of config.json
     QwenVLConfig         config.json
-    GenerationConfig     generation_config.json
+    SamplingOptions      how ids are chosen, for one call
+    GenerationConfig     generation_config.json: the checkpoint's own options, and more
 
 Nothing is inferred from a path or a repository's name. Keys that we do not know are ignored, as `transformers` writes
 many of its own; a key that we know and whose value we could not honour is refused.
@@ -24,9 +25,20 @@ from .errors import ConfigError
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 REFERENCE_GRID = 16  # `visual.positional_embedding` always has 16 x 16 rows, whatever the image size
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 RESAMPLER_HEAD_SIZE = 128  # the reference derives the resampler's head count as output_dim // 128
 
 Config = TypeVar("Config", "VisionConfig", "QuantizationConfig", "QwenVLConfig", "GenerationConfig")
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is an int (True and False are not)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is an int or float within float32's range (True, False, infinity and NaN are not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
 
 
 def _require(condition: bool, message: str) -> None:
@@ -37,20 +49,13 @@ def _require(condition: bool, message: str) -> None:
 def _positive_whole_numbers(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{name} must be a positive whole number, not {value!r}",
-        )
+        _require(is_whole(value) and value > 0, f"{name} must be a positive whole number, not {value!r}")
 
 
-def _numbers(config: object, *names: str, above: float = 0.0) -> None:
+def _numbers(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _require(
-            is_number and above < value <= sys.float_info.max,  # which NaN, infinity and integers of any length are not
-            f"{name} must be a number above {above:g}, not {value!r}",
-        )
+        _require(is_number(value) and value > 0, f"{name} must be a number above 0, not {value!r}")
 
 
 def _booleans(config: object, *names: str) -> None:
@@ -152,11 +157,6 @@ class VisionConfig:
         """Id of `<imgpad>`."""
         return self.image_start_id + 2
 
-    @property
-    def span(self) -> int:
-        """Ids that one image takes in a prompt: `<img>`, the visual tokens, `</img>`."""
-        return self.n_queries + 2
-
 
 @dataclass(frozen=True)
 class QuantizationConfig:
@@ -204,7 +204,6 @@ class QwenVLConfig:
     tie_word_embeddings: bool = False
     emb_dropout_prob: float = 0.0
     attn_dropout_prob: float = 0.0
-    torch_dtype: str | None = None
     quantization_config: QuantizationConfig | None = None
     note: str | None = None
 
@@ -273,41 +272,83 @@ class QwenVLConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """generation_config.json: how the checkpoint's authors meant it to be decoded.
+class SamplingOptions:
+    """How ids are chosen. The defaults are greedy decoding with every processor off.
 
-    The defaults, used when there is no such file, are greedy and ChatML. Lengths are tokens; `top_k` 0 is off.
+    temperature           divides the logits; above 0
+    top_k                 keep the k most likely ids, and those tied with the k-th; 0 is off
+    top_p                 keep the smallest set of ids whose probability reaches p, at least one; 1 is off
+    repetition_penalty    weakens every id that the text holds already; 1 is off
+    no_repeat_ngram_size  no run of this many ids occurs twice, the prompt included; 0 is off
+    min_new_tokens        stop ids are forbidden before this many new tokens
+    max_new_tokens        the answer ends after this many new tokens
+    seed                  for sampling: row i of a batch draws with seed + i; None draws a fresh one
+
+    temperature, top_k, top_p and seed matter only if `do_sample`. Lengths are tokens. Raises ConfigError for a value
+    that cannot be used.
     """
 
-    chat_format: str = "chatml"
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    max_window_size: int = 6144
-    max_new_tokens: int = 512
-    min_new_tokens: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    max_new_tokens: int = 512
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        _booleans(self, "do_sample")
+        _numbers(self, "temperature", "repetition_penalty")
+        _require(
+            is_number(self.top_p) and 0 <= self.top_p <= 1,
+            f"top_p must be a number from 0 to 1 (1 is off), not {self.top_p!r}",
+        )
+        for name, least in (("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            _require(
+                is_whole(value) and value >= least, f"{name} must be a whole number from {least} up, not {value!r}"
+            )
+        _require(
+            self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 2**63),
+            f"seed must be a whole number from 0 to 2**63 - 1, or None, not {self.seed!r}",
+        )
+
+    @classmethod
+    def from_config(cls, config: SamplingOptions, **overrides: Any) -> SamplingOptions:  # noqa: ANN401 - any field
+        """The options of `config`, with `overrides` in their place; an override of None means "not given".
+
+        Raises ConfigError for a name that is not an option, or a value that cannot be used.
+        """
+        names = [option.name for option in dataclasses.fields(cls)]
+        if unknown := [name for name in overrides if name not in names]:
+            raise ConfigError(f"unknown option {', '.join(unknown)}: the options are {', '.join(names)}")
+        values = {name: getattr(config, name) for name in names}
+        return cls(**values | {name: value for name, value in overrides.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class GenerationConfig(SamplingOptions):
+    """generation_config.json: how the checkpoint's authors meant it to be decoded.
+
+    The defaults, used when there is no such file, are greedy and ChatML. `max_window_size` is tokens.
+    """
+
+    chat_format: str = "chatml"
+    eos_token_id: int | tuple[int, ...] | None = None
+    max_window_size: int = 6144
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             self.chat_format in ("chatml", "raw"), f"chat_format must be 'chatml' or 'raw', not {self.chat_format!r}"
         )
-        _positive_whole_numbers(self, "max_window_size", "max_new_tokens")
-        _booleans(self, "do_sample")
-        _numbers(self, "temperature", "top_p", "repetition_penalty")
-        _require(self.top_p <= 1, f"top_p must be at most 1, not {self.top_p!r}")
-        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(is_whole and value >= 0, f"{name} must be a whole number from 0 up, not {value!r}")
+        _positive_whole_numbers(self, "max_window_size")
         if isinstance(self.eos_token_id, list):  # as JSON has it; a frozen dataclass wants something hashable
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         _require(
-            all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.eos_token_ids),
+            all(is_whole(i) and i >= 0 for i in self.eos_token_ids),
             f"eos_token_id must be an id or a list of ids, not {self.eos_token_id!r}",
         )
 

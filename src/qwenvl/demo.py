@@ -12,9 +12,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .draw import draw_regions, save_image
-from .errors import ImageError
+from .errors import ImageError, printable
 from .pipeline import Pipeline
-from .terminal import printable
 from .text.boxes import Box, to_thousandths
 from .text.parts import Query
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -21,6 +20,7 @@ from typing import cast
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import ImageError
+from .files import whole_file
 from .image import FORMATS, LIBRARY_POLICY, ImagePolicy, ImageSource, open_image
 from .text.boxes import Box, Region, parse_spans
 
@@ -102,18 +102,11 @@ def save_image(image: Image.Image, path: str | Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in FORMATS:
         raise ImageError(f"cannot save a picture as {path.name!r}: end the name in .png, .jpg or .webp")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        with whole_file(path) as file:
             image.save(file, format=kind)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, ValueError) as error:
         raise ImageError(f"cannot save {path.name!r}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError, ValueError):  # after a rename, or where not even the folder is right
-            temporary.unlink()
 
 
 # ---- shapes

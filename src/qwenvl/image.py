@@ -50,6 +50,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 # How the base64 of a PNG, JPEG, GIF or WebP begins. At this length and in this alphabet, no one has a file so named.
 BARE_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{48,}={0,2}")
+# Pillow warns of large pictures, which `_to_rgb` refuses by the policy, and of odd metadata, which does not matter.
+# Silenced once for all: around each picture, threads would undo one another's filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 ImageSource: TypeAlias = (
@@ -98,7 +101,11 @@ def preprocess(
     picture = open_image(image, policy, exif_orientation=exif_orientation)
     resized = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))  # [S, S, 3]
     pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32) / 255  # [3, S, S]
-    return ((pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous()
+    return ((pixels - _per_channel(MEAN)) / _per_channel(STD)).contiguous()
+
+
+def _per_channel(numbers: tuple[float, float, float]) -> Tensor:
+    return torch.tensor(numbers, device="cpu").view(3, 1, 1)
 
 
 def image_hash(pixels: Tensor) -> str:
@@ -175,20 +182,18 @@ def _from_base64(text: str, policy: ImagePolicy) -> bytes:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Pillow at work: its warnings (large pictures, which `_to_rgb` refuses, odd metadata) silent, its errors ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except ImageError:
-            raise
-        except UnidentifiedImageError:
-            raise ImageError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
-        except Image.DecompressionBombError:
-            raise ImageError(f"{name} has too many pixels: send a smaller one") from None
-        except Exception as error:  # on damaged files, decoders raise whatever they stumbled over
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ImageError(f"{name} cannot be decoded: {reason}") from None
+    """Pillow at work: its errors become ours."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"{name} has too many pixels: send a smaller one") from None
+    except Exception as error:  # on damaged files, decoders raise whatever they stumbled over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name} cannot be decoded: {reason}") from None
 
 
 def _to_rgb(image: Image.Image, name: str, policy: ImagePolicy, exif_orientation: bool) -> Image.Image:

@@ -1,6 +1,6 @@
 """What a checkpoint is, read from its configuration and its files' headers; no weight is loaded.
 
-summarise   the facts, as a JSON object
+summarize   the facts, as a JSON object
 describe    the same for people
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from .config import GenerationConfig
 from .weights.checkpoint import Checkpoint
+from .weights.gptq import PER_WORD
 from .weights.keymap import Entry
 
 # Parts in reading order: what people call them, and how the names of their tensors begin.
@@ -22,7 +23,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "decoder blocks": ("decoder.blocks.", "decoder.ln_f."),
     "head": ("decoder.lm_head.",),
 }
-PACKED_IN_A_WORD = 8  # int4 weights in one int32
 
 
 def _parameters(entry: Entry) -> int:
@@ -30,10 +30,10 @@ def _parameters(entry: Entry) -> int:
     leaf = entry.ours.rpartition(".")[2]
     if leaf in ("qzeros", "scales", "g_idx"):
         return 0
-    return math.prod(entry.our_shape) * (PACKED_IN_A_WORD if leaf == "qweight" else 1)
+    return math.prod(entry.our_shape) * (PER_WORD if leaf == "qweight" else 1)
 
 
-def summarise(folder: Path) -> dict[str, Any]:
+def summarize(folder: Path) -> dict[str, Any]:
     """Configuration, parameters and bytes of each part, dtypes, and bytes of KV cache a token takes.
 
     Raises ConfigError and CheckpointError for a folder that is not a whole checkpoint.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -53,32 +54,35 @@ def load(
     config = checkpoint.config
     device = _choose_device(device)
     dtype = _choose_dtype(dtype, device, checkpoint, quiet)
-    with torch.device("meta"):
-        model = QwenVL(config)
-        if config.quantization_config is not None:
-            quantize_structure(model, config)
-    load_into(model, checkpoint, dtype=dtype, device=device, quiet=quiet)
+    # The small files before the large ones: what is wrong with them should not take minutes to be said.
+    generation_config = GenerationConfig.load(folder)
     tokenizer = Tokenizer(folder) if (folder / VOCABULARY_FILE).is_file() else None
     if tokenizer is not None and tokenizer.image_start_id != config.visual.image_start_id:
         raise ConfigError(
             f"{folder}: visual.image_start_id is {config.visual.image_start_id} in config.json, but <img> is "
             f"{tokenizer.image_start_id} in {VOCABULARY_FILE}"
         )
+    with torch.device("meta"):
+        model = QwenVL(config)
+        if config.quantization_config is not None:
+            quantize_structure(model, config)
+    load_into(model, checkpoint, dtype=dtype, device=device, quiet=quiet)
     font = folder / FONT_FILE
-    return Pipeline(
-        model.eval(), tokenizer, GenerationConfig.load(folder), name=str(name), font=font if font.is_file() else None
-    )
+    return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
 
 def _choose_device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError:
-            raise ConfigError(f"device {device!r} is not one; use auto, cpu, cuda, cuda:1 or mps") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is not one; use auto, cpu, cuda, cuda:1 or mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(chosen.type, 0)
+    if (chosen.index or 0) >= count:
+        raise ConfigError(f"there is no device {chosen} to use: {count} of its kind were found; use auto or cpu")
+    return chosen
 
 
 def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Checkpoint, quiet: bool) -> torch.dtype:
@@ -103,17 +107,27 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
     if not quiet:
         tqdm.write(
             f"float32 would take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: loading as bfloat16, which is "
-            "half of it and slower on most CPUs"
+            "half of it and slower on most CPUs",
+            file=sys.stderr,
         )
     return torch.bfloat16
 
 
 def _free_memory() -> int | None:
-    """Bytes of memory that new allocations can get without swapping; None where the system does not say."""
+    """Bytes that new allocations can get without swapping; None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, _container_memory())
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _container_memory() -> int:
+    """What the control group that we run in (a container, a batch job) leaves of its limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max": no limit
+        return sys.maxsize

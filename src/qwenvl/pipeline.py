@@ -6,6 +6,7 @@ ChatStream   a reply on its way
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Generator, Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ GROUNDING_TOKENS = 28  # the reference's limit: one box takes at most 22 ids
 
 
 class Pipeline:
-    """A model with everything around it. `load` makes one; so does your own code, from its own parts.
+    """A model with everything around it, for one thread. `load` makes one; so does your own code, from its own parts.
 
     Attributes:
         model, tokenizer, config, generation_config: what the checkpoint holds; tokenizer None without a vocabulary.
@@ -93,7 +94,7 @@ class Pipeline:
         query: Query,
         history: Sequence[Turn] | None = None,
         *,
-        system: str = DEFAULT_SYSTEM,
+        system: str | None = None,
         numbered: bool = True,
         stop: Sequence[str] = (),
         images: ImageStore | None = None,
@@ -104,14 +105,15 @@ class Pipeline:
         Args:
             query: a text, or parts (see `qwenvl.text.parts`).
             history: the turns so far, from an earlier `reply, history = chat(...)`.
-            system: the system message of ChatML.
+            system: the system message of ChatML, by default the reference's.
             numbered: write `Picture k:` before the query's pictures, as the reference's list format does.
             stop: texts that end the reply (and are not part of it).
             images: a store for pictures given as objects, which the history refers to by name; default `self.images`.
             options: any field of `SamplingOptions`, in place of what the checkpoint's generation_config.json says.
 
         The deltas join to the stripped reply, tags kept. The KV cache of the latest chat is kept: a further round
-        computes only what is new. Raises PromptError, ImageError, ConfigError.
+        computes only what is new. A base checkpoint (chat_format `raw`) is given the query alone, as in the reference:
+        it has neither roles nor history. Raises PromptError, ImageError, ConfigError.
         """
         tokenizer = self._require_tokenizer("chat")
         store = self.images if images is None else images
@@ -120,19 +122,21 @@ class Pipeline:
         chat_format = self.generation_config.chat_format
         n_queries = self.config.visual.n_queries
         if chat_format == "raw":
+            if system is not None:
+                raise PromptError("this checkpoint's chat_format is raw: it has no system message")
             prompt = raw_prompt(tokenizer, parts, n_queries=n_queries)
         else:
             prompt = chatml_prompt(
                 tokenizer,
                 parts,
                 turns,
-                system=system,
+                system=DEFAULT_SYSTEM if system is None else system,
                 max_window_size=self.generation_config.max_window_size,
                 n_queries=n_queries,
             )
         text = ReplyStream(tokenizer, (*stop_strings(chat_format), *stop))
         chosen, pictures = self._options(options), self._pictures(prompt, store)
-        session, self._session = self._session or Session(), None  # taken out: another thread starts its own
+        session, self._session = self._session or Session(), None  # taken out: a reply begun meanwhile has its own
         return ChatStream(self._stream(prompt, pictures, session, text, chosen), turns, parts, self, session)
 
     def generate(
@@ -311,7 +315,7 @@ class Pipeline:
         if isinstance(source, os.PathLike):
             return {**part, "image": os.fspath(source)}
         picture = open_image(source, self.policy)
-        name = f"{STORED}{image_hash(preprocess(picture, self.config.visual.image_size))[:32]}"
+        name = f"{STORED}{hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]}"
         store[name] = picture
         return {**part, "image": name}
 
@@ -325,7 +329,7 @@ class Pipeline:
                     raise PromptError(f"the history shows a picture {source} that the image store does not hold")
                 picture = open_image(source, self.policy)
                 if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-                    store[source] = picture  # fetched once a conversation, not once a round
+                    store[source] = picture  # fetched once for as long as the store is kept, not once a round
             pixels = preprocess(picture, self.config.visual.image_size)
             pictures.append((image_hash(pixels), pixels))
         return pictures
@@ -338,13 +342,14 @@ class ChatStream(Iterator[str]):
         self, deltas: Generator[str], history: list[Turn], parts: list[Part], pipeline: Pipeline, session: Session
     ) -> None:
         self._deltas, self._history, self._parts = deltas, history, parts
-        self._pipeline, self._session = pipeline, session
+        self._pipeline = pipeline
+        self._session: Session | None = session
         self.reply = ""
 
     def __next__(self) -> str:
         try:
             delta = next(self._deltas)
-        except StopIteration:
+        except BaseException:  # the end, or what went wrong: either way, what the cache holds is still good
             self.close()
             raise
         self.reply += delta
@@ -358,4 +363,6 @@ class ChatStream(Iterator[str]):
     def close(self) -> None:
         """Stop here. The conversation's cache goes back to the pipeline, for the next round."""
         self._deltas.close()
-        self._pipeline.keep(self._session)
+        if self._session is not None:  # handed back once: by the next time, another reply may be using it
+            self._pipeline.keep(self._session)
+            self._session = None

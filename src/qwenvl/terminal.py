@@ -2,8 +2,6 @@
 
 converse       the loop
 Conversation   what lies between two lines of input
-printable      text that cannot steer the terminal
-told           an error as a line of text
 show_boxes     boxes as lines of text
 """
 
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from .draw import draw_regions, save_image
-from .errors import ImageError, PromptError, QwenVLError
+from .errors import ImageError, PromptError, QwenVLError, printable, told
+from .files import whole_file
 from .image import open_image
 from .pipeline import Pipeline
 from .text.boxes import Box
@@ -33,16 +31,6 @@ HELP = """\
   /clear          begin anew
   /help           this text
   /quit           leave (so does Ctrl-D); Ctrl-C stops an answer"""
-
-
-def printable(text: str) -> str:
-    """The text without control characters other than line ends and tabs: a model's bytes may spell escape sequences."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-
-
-def told(error: QwenVLError) -> str:
-    """One line, whatever the names in it hold."""
-    return "error: " + " ".join(printable(str(error)).splitlines())
 
 
 def show_boxes(boxes: Sequence[Box]) -> None:
@@ -120,13 +108,10 @@ class Conversation:
         path = Path(_path(name))
         if path.suffix.lower() == ".json":
             turns = json.dumps([turn.to_dict() for turn in self.history], ensure_ascii=False, indent=2) + "\n"
-            temporary = path.with_name(f".{path.name}.part")
             try:
-                temporary.write_text(turns, encoding="utf-8")
-                temporary.replace(path)  # in one step: a full disk leaves the file that was there
+                with whole_file(path) as file:
+                    file.write(turns.encode())
             except (OSError, ValueError) as error:
-                with contextlib.suppress(OSError, ValueError):
-                    temporary.unlink()
                 raise PromptError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
         elif self.annotated is None:
             raise PromptError("there is no annotated picture yet: /box PHRASE, or ask for a box")

@@ -35,9 +35,9 @@ class TableModel:
         self.texts = prompt.tolist()  # plays the cache: one text per row
         self.widths: list[int] = []
 
-    def step(self, rows: Tensor, ids: Tensor) -> Tensor:
+    def step(self, rows: list[int], ids: Tensor) -> Tensor:
         """Reorder the rows, append the ids, return the logits after them."""
-        self.texts = [[*self.texts[row], i] for row, i in zip(rows.tolist(), ids.tolist(), strict=True)]
+        self.texts = [[*self.texts[row], i] for row, i in zip(rows, ids.tolist(), strict=True)]
         self.widths.append(len(rows))
         return self.logits()
 

@@ -384,8 +384,8 @@ def test_beam_search_is_the_same_without_a_cache(vl: Pipeline, beams: BeamOption
     def uncached() -> Tensor:
         return torch.stack([next_logits(vl.model, prompts[row], new) for row, new in texts])
 
-    def step(source: Tensor, new: Tensor) -> Tensor:
-        texts[:] = [(texts[s][0], [*texts[s][1], i]) for s, i in zip(source.tolist(), new.tolist(), strict=True)]
+    def step(source: list[int], new: Tensor) -> Tensor:
+        texts[:] = [(texts[s][0], [*texts[s][1], i]) for s, i in zip(source, new.tolist(), strict=True)]
         return uncached()
 
     expected = [

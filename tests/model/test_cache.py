@@ -55,10 +55,10 @@ def test_a_bucket_is_a_view(config: QwenVLConfig) -> None:
 
 
 def test_slots_of_each_row(config: QwenVLConfig) -> None:
-    """With slots [B,T], every row's tokens go to its own slots and nowhere else."""
+    """With rows [B,1] and slots [B,T], every row's tokens go to its own slots and nowhere else."""
     cache = KVCache.allocate(config, 2, 10)
     new = torch.arange(1.0, 5).view(2, 1, 2, 1).expand(2, 4, 2, 32)
-    keys, _ = cache.append(0, new, new, torch.tensor([[0, 1], [6, 7]]), bucket=8)
+    keys, _ = cache.append(0, new, new, (torch.arange(2)[:, None], torch.tensor([[0, 1], [6, 7]])), bucket=8)
     assert keys[0, 0, :, 0].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
     assert keys[1, 3, :, 31].tolist() == [0, 0, 0, 0, 0, 0, 3, 4]
 

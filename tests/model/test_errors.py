@@ -179,7 +179,7 @@ def test_nothing_is_lost_by_a_refused_call(model: QwenVL, config: QwenVLConfig) 
     assert torch.equal(cache.keys, keys)
     assert torch.equal(cache.lengths, lengths)
     assert torch.equal(cache.alphas, alphas)
+    fresh = KVCache.allocate(config, 1, 20)
     with pytest.raises(QwenVLError):
-        fresh = KVCache.allocate(config, 1, 20)
         model(torch.ones(1, 21, dtype=torch.long), cache=fresh)
     assert fresh.alphas.tolist() == [0]

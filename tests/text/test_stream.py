@@ -73,7 +73,7 @@ def test_tags_are_kept(small: Tokenizer) -> None:
 def test_stop_strings(small: Tokenizer, text: str, stop: tuple[str, ...], reply: str, taken: int, strip: bool) -> None:
     """The reply ends before the first complete stop string, also where it is white space that stripping would eat.
 
-    Leading white space used to be dropped before it could become a stop string, so that "\\n\\n" was found in one
+    Leading white space used to be dropped before it could become a stop string, so that two newlines were found in one
     token and missed in two.
     """
     deltas, count = stream(small, letters(text), stop, strip=strip)

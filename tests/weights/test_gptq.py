@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from qwenvl.weights.gptq import dequantise, pack_columns, pack_rows, unpack_columns, unpack_rows
+from qwenvl.weights.gptq import dequantize, pack_columns, pack_rows, unpack_columns, unpack_rows
 
 CASES = ["A", "B", "C", "D", "E"]
 
@@ -23,8 +23,8 @@ def golden() -> dict[str, torch.Tensor]:
 def test_weight_is_bitwise_the_oracles(golden: dict[str, torch.Tensor], case: str) -> None:
     """Nibble order, the zero point's plus one, groups (shuffled in D) and the wrap at 16 (in E) are AutoGPTQ's."""
     qweight, qzeros, scales, g_idx = (golden[f"{case}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx"))
-    assert torch.equal(dequantise(qweight, qzeros, scales.float(), g_idx), golden[f"{case}.dequant_weight"])
-    half = dequantise(qweight, qzeros, scales, g_idx)
+    assert torch.equal(dequantize(qweight, qzeros, scales.float(), g_idx), golden[f"{case}.dequant_weight"])
+    half = dequantize(qweight, qzeros, scales, g_idx)
     assert half.dtype == torch.float16
     assert torch.equal(half, golden[f"{case}.dequant_weight"].half())
 

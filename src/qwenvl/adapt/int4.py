@@ -3,8 +3,8 @@
     Int4Linear           a linear layer that holds packed words and unpacks them when it is called
     quantize_structure   put it in the place of the decoder's linears
 
-This is the exact, portable path: it runs wherever torch does and needs 4-bit memory for the model plus one layer's
-weight at a time. It is not fast, for every call unpacks the whole layer; faster kernels are checked against it.
+This is the exact, portable path: it runs wherever torch does. It is not fast, for every call unpacks the whole layer,
+which takes four to five times that layer's 16-bit weight while it lasts; faster kernels are checked against it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import QuantizationConfig, QwenVLConfig
 from ..errors import ConfigError
-from ..weights.gptq import dequantise
+from ..weights.gptq import PER_WORD, dequantize
 from ..weights.keymap import entries
 
 
@@ -37,7 +37,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         groups = -(-in_features // quantization.group_size)
-        packed = {"qweight": (in_features // 8, out_features), "qzeros": (groups, out_features // 8)}
+        packed = {"qweight": (in_features // PER_WORD, out_features), "qzeros": (groups, out_features // PER_WORD)}
         for name, shape in packed.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
@@ -52,7 +52,7 @@ class Int4Linear(nn.Module):
         in float32, where it is exact, and cast: bfloat16 would lose bits of the scale before the product is made.
         """
         scales = self.scales.to(torch.float16 if dtype == torch.float16 else torch.float32)
-        return dequantise(self.qweight, self.qzeros, scales, self.g_idx).to(dtype)
+        return dequantize(self.qweight, self.qzeros, scales, self.g_idx).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""

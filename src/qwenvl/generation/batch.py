@@ -39,6 +39,8 @@ def generate_batch(
     """
     if beams is not None and (stop or with_log_probabilities or options.do_sample):
         raise PromptError("beam search takes neither stop strings, log-probabilities nor do_sample")
+    if stop and tokenizer is None:
+        raise PromptError("stop strings need a tokenizer; use stop_ids")
     weight = model.decoder.wte.weight
     input_ids, mask = _left_padded(input_ids.to(weight.device), attention_mask)
     batch, width = input_ids.shape
@@ -60,12 +62,11 @@ def generate_batch(
         )
         return [[*text.ids, *([] if text.stop_id is None else [text.stop_id])] for row in found for text in row], []
 
-    streams = [ReplyStream(tokenizer, stop) for _ in range(batch)] if tokenizer is not None and stop else None
+    streams = [ReplyStream(tokenizer, stop) for _ in range(batch)] if tokenizer is not None and stop else []
 
     def should_stop(row: int, id_: int) -> bool:
-        if streams is not None:
-            streams[row].push(id_)
-        return streams is not None and streams[row].stopped
+        streams[row].push(id_)
+        return streams[row].stopped
 
     new: list[list[int]] = [[] for _ in range(batch)]
     likely: list[list[float]] = [[] for _ in range(batch)]
@@ -77,7 +78,7 @@ def generate_batch(
         options,
         history_mask=mask,
         stop_ids=stop_ids,
-        should_stop=should_stop,
+        should_stop=should_stop if streams else None,
         n_vocab=n_vocab,
         with_log_probabilities=with_log_probabilities,
     ):
@@ -91,8 +92,9 @@ def generate_batch(
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same rows with all padding at the left, so that every row's last column is its last token."""
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise PromptError(f"input_ids must be [B,T] with at least one token, not {list(input_ids.shape)}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise PromptError(f"input_ids must be whole numbers [B,T], not {input_ids.dtype} {list(input_ids.shape)}")
+    input_ids = input_ids.long()
     if attention_mask is None:
         return input_ids, None
     if attention_mask.shape != input_ids.shape:

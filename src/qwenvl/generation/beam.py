@@ -18,12 +18,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import SamplingOptions, is_number, is_whole
 from ..errors import ConfigError
-from .sampling import SamplingOptions, is_number, is_whole, no_choice, process
+from .sampling import no_choice, process
 
 MAX_LENGTH_PENALTY = 50.0  # beyond it, length ** penalty would overflow for long texts
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[list[int], Tensor], Tensor]
 
 
 class Candidate(NamedTuple):
@@ -89,7 +90,7 @@ class _Finished:
     max_new_tokens: int
     texts: list[Hypothesis] = field(default_factory=list)
 
-    def _penalised(self, log_probability: float, n_generated: int) -> float:
+    def _penalized(self, log_probability: float, n_generated: int) -> float:
         divisor: float = max(1, self.prompt_length + n_generated) ** self.options.length_penalty
         return log_probability / divisor
 
@@ -99,7 +100,7 @@ class _Finished:
 
     def add(self, ids: list[int], log_probability: float, stop_id: int | None) -> None:
         """Keep this text if it is among the best K. The stop id counts in its probability, not in its length."""
-        text = Hypothesis(ids, self._penalised(log_probability, len(ids)), stop_id)
+        text = Hypothesis(ids, self._penalized(log_probability, len(ids)), stop_id)
         full = len(self.texts) == self.options.num_beams
         if full and text.score <= self._worst.score:
             return
@@ -115,7 +116,7 @@ class _Finished:
             return True
         if self.options.early_stopping == "never" and self.options.length_penalty > 0:
             n_generated = self.max_new_tokens  # a log-probability is negative: dividing by more can only raise it
-        return self._worst.score >= self._penalised(best_log_probability, n_generated)
+        return self._worst.score >= self._penalized(best_log_probability, n_generated)
 
     def best(self) -> list[Hypothesis]:
         """Best first; of equal scores the one found later comes first, as in the reference."""
@@ -137,9 +138,9 @@ def beam_search(
     """Search for the most likely texts; returns, for each prompt, up to `num_return_sequences`, best first.
 
     `logits` [B, V] follow the prompts `prompt` [B, T], of which `prompt_mask` [B, T] is false on left padding.
-    `step(rows [N], ids [N]) -> logits [N, V]` must make row i of the cache what its row `rows[i]` was, then feed it
-    `ids[i]`. The first call widens the cache from B rows to B x K; later ones reorder it, and drop the rows of prompts
-    that are done.
+    `step(rows, ids [N]) -> logits [N, V]`, of N rows, must make row i of the cache what its row `rows[i]` was, then
+    feed it `ids[i]`. The first call widens the cache from B rows to B x K; later ones reorder it, and drop the rows of
+    prompts that are done.
 
     The processors of `options` act on log-probabilities and nothing is renormalised afterwards (as in the reference);
     `stop_ids` end a text; ids from `n_vocab` up are never emitted. The length penalty counts the row's own prompt,
@@ -177,12 +178,13 @@ def beam_search(
         going = still_going
         if not going:
             break
-        rows, ids = torch.tensor([(c.row, c.id) for c in survivors], device=history.device).unbind(1)
+        rows = [c.row for c in survivors]  # stays on the host, where the cache's bookkeeping is
+        ids = torch.tensor([c.id for c in survivors], device=history.device)
         totals = torch.tensor([c.total for c in survivors], dtype=torch.float32, device=history.device)
         history = torch.cat([history[rows], ids[:, None]], dim=1)
         mask = torch.cat([mask[rows], torch.ones_like(mask[rows, :1])], dim=1)
         if n_generated + 1 < options.max_new_tokens:
-            logits = step(rows if n_generated else rows // n_beams, ids)
+            logits = step(rows if n_generated else [row // n_beams for row in rows], ids)
 
     for place, (total, text) in enumerate(zip(totals.tolist(), history[:, width:].tolist(), strict=True)):
         if going and total > -math.inf:

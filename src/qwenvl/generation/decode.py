@@ -95,8 +95,8 @@ def decode(
         n_vocab: ids from here up do not exist for the tokenizer and are never emitted.
 
     A row also ends after `max_new_tokens`, or where the model's positions do. Rows that have ended are stepped along,
-    unseen, until the last ends. The cache then holds the prompt and all new ids but the last. Raises QwenVLError if a
-    row has no id to choose.
+    unseen, until the last ends; the row that ended last then holds its prompt and all its new ids but the last in the
+    cache. Raises QwenVLError if a row has no id to choose.
     """
     width, limits = history.shape[1], room(cache, options)
     rows = range(len(logits))
@@ -125,19 +125,16 @@ def decode(
         ids = ids.clamp(min=0)  # an ended row may have had nothing to choose
         told = log_probabilities(logits, ids).tolist() if with_log_probabilities else None
         yield NewIds([chosen[row] if row in going else None for row in rows], told)
-        going -= {
-            row
-            for row in going
-            if chosen[row] in stop_ids
-            or (should_stop is not None and should_stop(row, chosen[row]))
-            or n_generated + 1 == limits[row]
-        }
+        for row in sorted(going):
+            stopped = chosen[row] in stop_ids or (should_stop is not None and should_stop(row, chosen[row]))
+            if stopped or n_generated + 1 == limits[row]:
+                going.remove(row)
         if not going:
             return
         text[:, so_far] = ids
         # A row that has run out of positions cannot be stepped along: from then on, those that ended stand still.
         full = int(cache.host_lengths.max()) + 1 == model.config.max_position_embeddings
-        real = torch.tensor([[row in going] for row in rows]) if full else None
+        real = torch.tensor([[row in going] for row in rows], device="cpu") if full else None
         logits = model(ids[:, None], attention_mask=real, cache=cache, logits_to_keep=1)[:, -1]
 
 
@@ -156,13 +153,13 @@ def search(
 ) -> list[list[Hypothesis]]:
     """Beam search behind B prompts whose prefill stands in the first B of the cache's B x num_beams rows.
 
-    Arguments as in `decode`; returns, for each prompt, its best texts, best first. All end where the longest prompt runs
-    out of the model's positions.
+    Arguments as in `decode`; returns, for each prompt, its best texts, best first. All end where the longest prompt
+    runs out of the model's positions.
     """
     limit = min(room(cache, options))
 
-    def step(rows: Tensor, ids: Tensor) -> Tensor:
-        new: Tensor = model(ids[:, None], cache=cache.reorder(rows.tolist()), logits_to_keep=1)
+    def step(rows: list[int], ids: Tensor) -> Tensor:
+        new: Tensor = model(ids[:, None], cache=cache.reorder(rows), logits_to_keep=1)
         return new[:, -1]
 
     return beam_search(

@@ -3,7 +3,6 @@
     SamplingOptions      what may be asked for, valid once it exists
     process              repetition penalty, no-repeat n-grams, minimum new tokens, ids that must never be emitted
     warp                 temperature, top-k, top-p (only when sampling)
-    probabilities        softmax of what is left
     sample               the most likely id, or one drawn at random with a generator per row
     row_generators       those generators, from one seed
     log_probabilities    how likely the model itself found an id
@@ -14,87 +13,17 @@ Letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import GenerationConfig
-from ..errors import ConfigError, QwenVLError
+from ..config import SamplingOptions as SamplingOptions
+from ..errors import QwenVLError
 
 NO_ID = -1  # what `sample` returns for a row in which no id can be chosen
-MAX_SEED = 2**63 - 1
 _FLOAT32 = torch.finfo(torch.float32)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How ids are chosen. The defaults are greedy decoding with every processor off.
-
-    temperature           divides the logits; above 0
-    top_k                 keep the k most likely ids, and those tied with the k-th; 0 is off
-    top_p                 keep the smallest set of ids whose probability reaches p, at least one; 1 is off
-    repetition_penalty    weakens every id that the text holds already; 1 is off
-    no_repeat_ngram_size  no run of this many ids occurs twice, the prompt included; 0 is off
-    min_new_tokens        stop ids are forbidden before this many new tokens
-    max_new_tokens        the answer ends after this many new tokens
-    seed                  for sampling: row i of a batch draws with seed + i; None draws a fresh one
-
-    temperature, top_k, top_p and seed matter only if `do_sample`. Lengths are tokens. Raises ConfigError for a value
-    that cannot be used.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
-    max_new_tokens: int = 512
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.do_sample, bool):
-            raise ConfigError(f"do_sample must be true or false, not {self.do_sample!r}")
-        for name in ("temperature", "repetition_penalty"):
-            value = getattr(self, name)
-            if not (is_number(value) and value > 0):
-                raise ConfigError(f"{name} must be a number above 0, not {value!r}")
-        if not (is_number(self.top_p) and 0 <= self.top_p <= 1):
-            raise ConfigError(f"top_p must be a number from 0 to 1 (1 is off), not {self.top_p!r}")
-        for name, least in (("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0), ("max_new_tokens", 1)):
-            value = getattr(self, name)
-            if not (is_whole(value) and value >= least):
-                raise ConfigError(f"{name} must be a whole number from {least} up, not {value!r}")
-        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed <= MAX_SEED):
-            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None, not {self.seed!r}")
-
-    @classmethod
-    def from_config(cls, config: GenerationConfig, **overrides: Any) -> SamplingOptions:  # noqa: ANN401 - any field
-        """The checkpoint's own options, with `overrides` in their place; an override of None means "not given".
-
-        Raises ConfigError for a name that is not an option, or a value that cannot be used.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in overrides if name not in names]:
-            raise ConfigError(f"unknown option {', '.join(unknown)}: the options are {', '.join(names)}")
-        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        return cls(**{**values, **{name: value for name, value in overrides.items() if value is not None}})
-
-
-def is_number(value: object) -> bool:
-    """Whether this is an int or float within float32's range (True, False, infinity and NaN are not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _FLOAT32.max
-
-
-def is_whole(value: object) -> bool:
-    """Whether this is an int (True and False are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- processors: always applied -------------------------------------------------------------------------------------
@@ -201,11 +130,6 @@ def keep_top_p(scores: Tensor, p: float, min_keep: int = 1) -> Tensor:
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
     dropped[..., -min_keep:] = False
     return scores.masked_fill(torch.zeros_like(dropped).scatter_(-1, ids, dropped), -math.inf)
-
-
-def probabilities(scores: Tensor) -> Tensor:
-    """What `sample` draws from: softmax in float32, [B, V] -> [B, V]."""
-    return scores.float().softmax(-1)
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------

@@ -18,16 +18,18 @@ from ..model.qwenvl import QwenVL
 from .decode import prefill
 
 Sign = int | str  # of a token: its id, or its picture's hash where it stands inside an image span
+Stamp = tuple[object, ...]
 CACHE_BLOCK = 512  # slots; caches grow by whole blocks, so that a few more tokens do not copy everything
 
 
 @dataclass
 class Session:
-    """One conversation's cache of one row. `signs` say what its slots hold."""
+    """One conversation's cache of one row. `signs` say what its slots hold, `stamp` which weights filled them."""
 
     cache: KVCache | None = None
     signs: list[Sign] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
+    stamp: Stamp = ()
 
     def extend(self, new_ids: Sequence[int]) -> None:
         """Note the ids that were generated behind the prompt. The last may not have entered the cache."""
@@ -42,8 +44,8 @@ def start(
     """Bring a session to exactly the prompt `ids`, with room for `new_tokens` more; the logits [1,V] that follow it.
 
     `images` are a hash and pixels [3,S,S] for each span. The longest common prefix of ids and image hashes is kept if
-    it was computed under the NTK alpha that this prompt has, else everything is computed anew. Raises PromptError for
-    a prompt beyond the model's positions or spans that do not match.
+    it was computed by the same weights under the NTK alpha that this prompt has, else everything is computed anew.
+    Raises PromptError for a prompt beyond the model's positions or spans that do not match.
     """
     config = model.config
     if len(ids) > config.max_position_embeddings:
@@ -51,9 +53,8 @@ def start(
             f"the prompt has {len(ids)} tokens but the model has {config.max_position_embeddings} positions; "
             "shorten it, drop a picture, or lower max_window_size"
         )
-    weight = model.decoder.wte.weight
-    if session.cache is not None and (session.cache.keys.dtype, session.cache.keys.device) != (weight.dtype, weight.device):
-        session.cache, session.signs = None, []  # the model was moved or cast since
+    if session.stamp != (stamp := _stamp(model)):
+        session.cache, session.signs, session.features, session.stamp = None, [], {}, stamp
     signs = _signs(ids, [hash_ for hash_, _ in images], config.visual.image_start_id, config.visual.n_queries)
     kept = _common_prefix(session, signs)
     cache = session.cache
@@ -80,12 +81,20 @@ def start(
     return logits
 
 
+def _stamp(model: QwenVL) -> Stamp:
+    """Something that changes when a weight is replaced, written to, moved or cast, or the model's mode is."""
+    weights = (*model.parameters(), *model.buffers())
+    versions = (0 if weight.is_inference() else weight._version for weight in weights)
+    return (model.training, *((id(w), v, w.dtype, w.device) for w, v in zip(weights, versions, strict=True)))
+
+
 def _signs(ids: Sequence[int], hashes: Sequence[str], image_start_id: int, n_queries: int) -> list[Sign]:
     signs: list[Sign] = list(ids)
-    pictures = iter(hashes)
-    for at, id_ in enumerate(ids):
-        if id_ == image_start_id:
-            signs[at + 1 : at + 1 + n_queries] = [next(pictures)] * n_queries
+    starts = [at for at, id_ in enumerate(ids) if id_ == image_start_id]
+    if len(starts) != len(hashes):
+        raise PromptError(f"the prompt has {len(starts)} image spans but {len(hashes)} images were given")
+    for at, hash_ in zip(starts, hashes, strict=True):
+        signs[at + 1 : at + 1 + n_queries] = [hash_] * n_queries
     return signs
 
 

@@ -1,13 +1,15 @@
 """The keys and values of the tokens that the decoder has seen, allocated once and owned by the caller.
 
-A row's slots hold its real tokens only, and a token's slot is its position: padding never enters. Every row has its
-own length and its own NTK alpha, so that a row computes what it would compute alone.
+A row's first slots hold its real tokens, and a token's slot is its position. What lies beyond a row's length is
+whatever was last written there: finite, hidden by the mask, and overwritten as the row grows. Every row has its own
+length and its own NTK alpha, so that a row computes what it would compute alone.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from ..config import QwenVLConfig
 from ..errors import CacheError
 from .rope import inverse_frequencies, ntk_alpha
+
+# Where new keys go: slots [T] for rows of one length, else rows [B,1] and slots [B,T].
+Slots: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 class KVCache:
@@ -55,19 +60,21 @@ class KVCache:
         """An empty cache of `batch` rows with `max_length` slots each.
 
         It takes 2 x layers x batch x max_length x hidden_size elements. Zeros rather than uninitialised memory: a slot
-        that the mask hides still enters 0 x value, and 0 x NaN is NaN.
+        that the mask hides still enters 0 x value, and 0 x NaN is NaN. Ordinary tensors even in inference mode, so that
+        a cache made there can be written to elsewhere.
         """
         heads, head_size = config.num_attention_heads, config.kv_channels
         shape = (config.num_hidden_layers, batch, heads, max_length, head_size)
-        return cls(
-            config,
-            keys=torch.zeros(shape, dtype=dtype, device=device),
-            values=torch.zeros(shape, dtype=dtype, device=device),
-            lengths=torch.zeros(batch, dtype=torch.int64, device=device),
-            frequencies=torch.zeros(batch, head_size // 2, device=device),
-            host_lengths=torch.zeros(batch, dtype=torch.int64),
-            alphas=torch.zeros(batch, dtype=torch.float64),
-        )
+        with torch.inference_mode(False):
+            return cls(
+                config,
+                keys=torch.zeros(shape, dtype=dtype, device=device),
+                values=torch.zeros(shape, dtype=dtype, device=device),
+                lengths=torch.zeros(batch, dtype=torch.int64, device=device),
+                frequencies=torch.zeros(batch, head_size // 2, device=device),
+                host_lengths=torch.zeros(batch, dtype=torch.int64, device="cpu"),
+                alphas=torch.zeros(batch, dtype=torch.float64, device="cpu"),
+            )
 
     @property
     def batch(self) -> int:
@@ -105,13 +112,12 @@ class KVCache:
         """
         if len(prompt_lengths) != self.batch:
             raise CacheError(f"{len(prompt_lengths)} prompt lengths were declared for a cache of {self.batch} rows")
-        for row, length in enumerate(prompt_lengths):
-            if self.alphas[row] == 0:
-                alpha = self._alpha_for(length) if dynamic_ntk else 1.0
-                self.alphas[row] = alpha
-                self.frequencies[row] = inverse_frequencies(
-                    self.config.kv_channels, self.config.rotary_emb_base, alpha, self.frequencies.device
-                )
+        for row in (self.alphas == 0).nonzero()[:, 0].tolist():
+            alpha = self._alpha_for(prompt_lengths[row]) if dynamic_ntk else 1.0
+            self.alphas[row] = alpha
+            self.frequencies[row] = inverse_frequencies(
+                self.config.kv_channels, self.config.rotary_emb_base, alpha, self.frequencies.device
+            )
 
     def fits(self, row: int, prompt_length: int) -> bool:
         """Whether a prompt of this many tokens would get the alpha that the row was filled under."""
@@ -141,7 +147,7 @@ class KVCache:
                     f"of {prompt_length} has alpha {self._alpha_for(prompt_length):g}; rewind to 0 to prefill anew",
                     stacklevel=2,
                 )
-        self.host_lengths.copy_(torch.tensor(lengths))
+        self.host_lengths.copy_(torch.tensor(lengths, device="cpu"))
         self.lengths.copy_(self.host_lengths)
 
     def reorder(self, rows: Sequence[int]) -> KVCache:
@@ -149,34 +155,35 @@ class KVCache:
 
         Returns a view of these rows, which are the first len(rows).
         """
-        index = torch.tensor(rows, device=self.keys.device)
+        host_index = torch.tensor(rows, device="cpu")
+        index = host_index.to(self.keys.device)
         view = self.rows(slice(len(rows)))
-        longest = int(self.host_lengths[index.cpu()].max())
+        longest = int(self.host_lengths[host_index].max())
         for store, target in ((self.keys, view.keys), (self.values, view.values)):
             for old, new in zip(store, target, strict=True):  # layer by layer, so that only one is ever held twice
                 new[:, :, :longest] = old[index, :, :longest]
-        for name in ("lengths", "frequencies"):
-            getattr(view, name).copy_(getattr(self, name)[index])
-        for name in ("host_lengths", "alphas"):
-            getattr(view, name).copy_(getattr(self, name)[index.cpu()])
+        view.lengths.copy_(self.lengths[index])
+        view.frequencies.copy_(self.frequencies[index])
+        view.host_lengths.copy_(self.host_lengths[host_index])
+        view.alphas.copy_(self.alphas[host_index])
         return view
 
-    def append(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, keys: Tensor, values: Tensor, slots: Slots, bucket: int) -> tuple[Tensor, Tensor]:
         """Write keys and values [B,H,T,D] of one layer; return views of its first `bucket` slots, [B,H,bucket,D].
 
-        slots: [T] where all rows are equally long, else [B,T]. Lengths do not change until `advance`.
+        Lengths do not change until `advance`.
         """
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if slots.dim() == 1:
+            new = new.to(store.dtype)  # under autocast they differ
+            if isinstance(slots, Tensor):
                 store.index_copy_(2, slots, new)
             else:
-                rows = torch.arange(self.batch, device=slots.device)[:, None]
-                store.transpose(1, 2)[rows, slots] = new.transpose(1, 2)
+                store.transpose(1, 2)[slots] = new.transpose(1, 2)
         return self.keys[layer][:, :, :bucket], self.values[layer][:, :, :bucket]
 
     def advance(self, new_tokens: Sequence[int]) -> None:
         """Count `new_tokens[b]` more tokens in each row b, after all layers have appended theirs."""
-        self.host_lengths += torch.tensor(new_tokens)
+        self.host_lengths += torch.tensor(new_tokens, device="cpu")
         if len(set(new_tokens)) == 1:
             self.lengths += new_tokens[0]
         else:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..config import QwenVLConfig
 from ..errors import CacheError, PromptError
-from .cache import KVCache
+from .cache import KVCache, Slots
 from .rope import inverse_frequencies, logn_factors, ntk_alpha, rotary_tables, rotate
 
 
@@ -29,7 +29,7 @@ class AttentionContext:
     mask: Tensor | None  # [1 or B,1,T,bucket] bool, true where a query may look
     causal: bool  # query t looks at keys 0..t, and no mask is needed to say so
     cache: KVCache | None
-    slots: Tensor | None  # where this forward's keys go: [T], or [B,T] for rows of different lengths
+    slots: Slots | None  # where this forward's keys go
     bucket: int  # how many of the cache's slots attention reads
 
     def visible(self, queries: int, keys: int) -> Tensor:
@@ -120,7 +120,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         # From an empty table, since drawing random numbers on the meta device, only to load others, takes seconds.
-        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.wte: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -163,7 +164,8 @@ class Decoder(nn.Module):
         starts = [0] * batch if cache is None else cache.host_lengths.tolist()
         self._check_lengths(batch, columns, row_lengths, cache, starts)
         positions = torch.arange(columns, device=device)[None]  # [1,T], or [B,T] once a cache says where rows begin
-        slots = mask = None
+        slots: Slots | None = None
+        mask = None
         bucket = max(starts) + columns
         if cache is None:
             if alphas is None:
@@ -174,7 +176,7 @@ class Decoder(nn.Module):
             positions = cache.lengths[:, None] + positions
             frequencies = cache.frequencies
             same_start = len(set(starts)) == 1
-            slots = positions[0] if same_start else positions
+            slots = positions[0] if same_start else (torch.arange(batch, device=device)[:, None], positions)
             if max(starts) > 0 and not (same_start and columns == 1):
                 looking = positions[:1] if same_start else positions
                 mask = torch.arange(bucket, device=device) <= looking[:, None, :, None]  # [1 or B,1,T,bucket]
@@ -204,8 +206,11 @@ class Decoder(nn.Module):
             return
         if cache.batch != batch:
             raise CacheError(f"the cache has {cache.batch} rows but the input has {batch}")
-        if cache.keys.dtype != self.wte.weight.dtype:
-            raise CacheError(f"the cache is {cache.keys.dtype} but the model is {self.wte.weight.dtype}")
+        weight = self.wte.weight
+        if (cache.keys.dtype, cache.keys.device) != (weight.dtype, weight.device):
+            raise CacheError(
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}, the model {weight.dtype} on {weight.device}"
+            )
         if max(starts) + columns > cache.max_length:
             raise CacheError(
                 f"the cache has {cache.max_length} slots a row, but {max(starts)} are taken and {columns} more were "

@@ -75,6 +75,7 @@ class QwenVL(nn.Module):
         Images are given as pixels [N,3,S,S] or as features [N,Q,C], in reading order, row by row. Raises PromptError if
         spans and images do not match, or a span has not exactly Q ids between its tags.
         """
+        input_ids = input_ids.to(self.decoder.wte.weight.device)
         x = self._look_up(input_ids, checked=True)
         return self._fill_spans(x, input_ids, pixels, image_features, _real_columns(attention_mask, x))
 
@@ -113,6 +114,8 @@ class QwenVL(nn.Module):
         cache is empty or absent. In a later step every tag is an ordinary id.
         Raises PromptError for shapes, spans or lengths that do not fit, CacheError for a cache that does not.
         """
+        device = self.decoder.wte.weight.device
+        input_ids = None if input_ids is None else input_ids.to(device)
         if embeddings is None:
             if input_ids is None:
                 raise PromptError("forward needs input_ids or embeddings")
@@ -174,7 +177,7 @@ class QwenVL(nn.Module):
             raise PromptError(f"the prompt has {len(spans)} image spans but {count} images were given")
         if images is None or not spans:
             return embeddings
-        features = self.encode_images(images) if image_features is None else image_features.to(embeddings)
+        features = (self.encode_images(images) if image_features is None else images).to(embeddings)
         n_queries, width = self.config.visual.n_queries, self.config.hidden_size
         if features.shape[1:] != (n_queries, width):
             raise PromptError(f"image_features must be [N,{n_queries},{width}], not {list(features.shape)}")

@@ -22,8 +22,8 @@ def sincos_positions(side: int, width: int) -> Tensor:
     The first half of the channels encodes the column, the second the row; each half is [sin, cos] of position x omega,
     omega_i = 10000^(-i / (width/4)). Computed in float64.
     """
-    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64, device="cpu")[:, None] * omega
     line = torch.cat((angles.sin(), angles.cos()), dim=1)  # [side, width/2], one coordinate
     columns, rows = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
     return torch.cat((columns, rows), dim=1).float()

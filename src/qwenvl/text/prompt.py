@@ -18,10 +18,7 @@ from typing import Any, TypeAlias
 
 from ..errors import PromptError
 from .boxes import points_text
-from .parts import CORNERS, Part, Query, shown
-from .parts import Turn as Turn
-from .parts import parse_tagged as parse_tagged
-from .parts import parts_of as parts_of
+from .parts import CORNERS, Part, Query, Turn, parse_tagged, parts_of, shown
 from .tokenizer import IMAGE_TAGS, REGION_TAGS, Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."

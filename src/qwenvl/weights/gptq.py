@@ -2,7 +2,7 @@
 
     unpack_rows, pack_rows          qweight: eight input rows to a word
     unpack_columns, pack_columns    qzeros: eight output columns to a word
-    dequantise                      the linear's weight, [out, in]
+    dequantize                      the linear's weight, [out, in]
 
 A word is int32 and holds eight 4-bit values, the lowest nibble first. Zero points are stored minus one.
 All functions work on whole tensors, on any device.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PER_WORD = 8  # 4-bit values in an int32
+PER_WORD = 8  # 4-bit values in an int32
 
 
 def _shifts(like: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def _shifts(like: Tensor) -> Tensor:
 def _join(values: Tensor, dim: int) -> Tensor:
     """Put values 0..15 along `dim` (of size 8) at their places in an int32; the sum is made in int64 and wrapped."""
     shape = [1] * values.dim()
-    shape[dim] = _PER_WORD
+    shape[dim] = PER_WORD
     words = (values.to(torch.int64) << _shifts(values).to(torch.int64).view(shape)).sum(dim)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -38,7 +38,7 @@ def unpack_rows(words: Tensor) -> Tensor:
 
 def pack_rows(values: Tensor) -> Tensor:
     """[in, out], values 0..15 -> [in/8, out] int32, the inverse of `unpack_rows`."""
-    return _join(values.reshape(-1, _PER_WORD, values.shape[1]), dim=1)
+    return _join(values.reshape(-1, PER_WORD, values.shape[1]), dim=1)
 
 
 def unpack_columns(words: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def unpack_columns(words: Tensor) -> Tensor:
 
 def pack_columns(values: Tensor) -> Tensor:
     """[groups, out], values 0..15 -> [groups, out/8] int32, the inverse of `unpack_columns`."""
-    return _join(values.reshape(values.shape[0], -1, _PER_WORD), dim=2)
+    return _join(values.reshape(values.shape[0], -1, PER_WORD), dim=2)
 
 
-def dequantise(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tensor:
+def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tensor:
     """The weight [out, in] of a packed linear, in the dtype of `scales` (a transposed view of an [in, out] tensor).
 
     weight[o, i] = scales[g, o] * (q[i, o] - zero[g, o]) with g = g_idx[i] and zero = stored + 1, in 1..16 (a stored 15

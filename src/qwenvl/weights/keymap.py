@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import REFERENCE_GRID, QwenVLConfig
 from ..errors import ConfigError
+from .gptq import PER_WORD
 
 Shape = tuple[int, ...]
 Layout = Literal["reference", "qwenvl"]
@@ -207,14 +208,14 @@ def _sizes(config: QwenVLConfig) -> dict[str, int]:
     sizes |= {"Q": vision.n_queries, "P": vision.patch_size, "R": REFERENCE_GRID**2}
     if (quantization := config.quantization_config) is not None:
         for letter in ("C", "3C", "F"):
-            sizes[f"{letter}/8"] = sizes[letter] // 8
+            sizes[f"{letter}/8"] = sizes[letter] // PER_WORD
             sizes[f"{letter}/g"] = -(-sizes[letter] // quantization.group_size)  # the last group may be a short one
     return sizes
 
 
 def _expand(config: QwenVLConfig) -> Iterator[Entry]:
     quantised, sizes = config.quantization_config is not None, _sizes(config)
-    if quantised and (config.hidden_size % 8 or config.mlp_width % 8):
+    if quantised and (config.hidden_size % PER_WORD or config.mlp_width % PER_WORD):
         raise ConfigError(
             f"int4 packs eight values to a word: hidden_size {config.hidden_size} and half of intermediate_size "
             f"{config.intermediate_size} must be multiples of 8"

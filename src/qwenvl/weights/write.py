@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..config import CONFIG_FILE, QwenVLConfig
 from ..errors import CheckpointError
+from ..files import TEMPORARY, flush_folder, whole_file
 from .checkpoint import DTYPES, FORMAT, VERSION, dtype_name, progress_bar
 from .folder import INDEX_FILE, SIDE_FILES, few
 from .keymap import Layout, Shape
@@ -36,7 +37,6 @@ METADATA: dict[Layout, dict[str, str]] = {
     "reference": {"format": "pt"},
 }
 _ALIGNMENT = 64  # a shard's data begins on a cache line
-_TEMPORARY = ".tmp"
 _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 Piece = bytes | memoryview
 Reader = Callable[[Sequence[str]], Iterable[Tensor]]  # the named tensors, in the order of the names
@@ -107,7 +107,7 @@ def write_folder(
         if destination.is_dir():  # an empty one
             destination.rmdir()
         os.rename(partial, destination)
-        _flush_folder(destination.parent)
+        flush_folder(destination.parent)
     except OSError as error:
         raise _explained(error, destination, partial) from None
     return True
@@ -191,29 +191,9 @@ def _pieces(shard: _Shard, read: Reader, bar: tqdm) -> Iterator[Piece]:
 
 
 def _write(path: Path, pieces: Iterable[Piece]) -> None:
-    """Write a file that has its name only once its bytes are on the disk."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk, give the room back
-        raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Put the names in `folder` on the disk too, where the system can (Windows cannot open folders)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with whole_file(path) as file:
+        for piece in pieces:
+            file.write(piece)
 
 
 def _is_written(path: Path, shard: _Shard, read: Reader) -> bool:
@@ -246,7 +226,7 @@ def _is_finished(folder: Path, shards: list[_Shard], small: Mapping[str, bytes],
 def _sweep(partial: Path, planned: set[str]) -> None:
     """Remove what an earlier, different or killed run left; refuse a folder that is not such a run's."""
     left = sorted(path.name for path in partial.iterdir() if path.name not in planned)
-    names = {name: name.removesuffix(_TEMPORARY) for name in left}
+    names = {name: name.removesuffix(TEMPORARY) for name in left}
     foreign = [
         n for n, name in names.items() if name not in (*SIDE_FILES, INDEX_FILE) and not _SHARD_NAME.fullmatch(name)
     ]
