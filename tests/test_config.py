@@ -11,8 +11,8 @@ from support import one_line_error
 from qwenvl.config import GenerationConfig, QuantizationConfig, QwenVLConfig, read_json
 from qwenvl.errors import ConfigError
 
-NOT_POSITIVE_WHOLE = [0, -1, 1.5, 4.0, True, "4", None, [4], float("nan")]
-NOT_ABOVE_ZERO = [0, -1e-6, float("nan"), float("inf"), True, "1", None, [1], 10**400]
+NOT_POSITIVE_WHOLE = [0, -1, 1.5, 4.0, True, "4", [4], float("nan")]
+NOT_ABOVE_ZERO = [0, -1e-6, float("nan"), float("inf"), True, "1", [1], 10**400]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_there_and_back(tiny: dict[str, Any]) -> None:
     ],
 )
 def test_whole_numbers(tiny: dict[str, Any], name: str, value: object) -> None:
-    """Zero, negative, broken, boolean, text or null: refused with key and value."""
+    """Zero, negative, broken, boolean or text: refused with key and value."""
     with one_line_error(ConfigError, "config.json", name, repr(value)):
         QwenVLConfig.from_dict({**tiny, name: value})
 
@@ -86,7 +86,7 @@ def test_numbers(tiny: dict[str, Any], name: str, value: object) -> None:
         QwenVLConfig.from_dict(data)
 
 
-@pytest.mark.parametrize("value", [0, 1, "true", None], ids=repr)
+@pytest.mark.parametrize("value", [0, 1, "true"], ids=repr)
 @pytest.mark.parametrize("name", ["use_dynamic_ntk", "use_logn_attn"])
 def test_switches(tiny: dict[str, Any], name: str, value: object) -> None:
     """Booleans are not numbers, and a text that says "false" is not false."""
@@ -144,6 +144,16 @@ def test_missing_keys(tiny: dict[str, Any], name: str) -> None:
     del tiny[name]
     with one_line_error(ConfigError, "config.json", "lacks", name):
         QwenVLConfig.from_dict(tiny)
+
+
+def test_null_means_not_set(tiny: dict[str, Any]) -> None:
+    """A null is as if the key were not there: a default, or what is missing."""
+    nulls = {"kv_channels": None, "seq_length": None, "use_logn_attn": None, "quantization_config": None}
+    without = {name: value for name, value in tiny.items() if name not in nulls}
+    same = {"num_attention_heads": 1}  # of the default 128
+    assert QwenVLConfig.from_dict({**tiny, **nulls, **same}) == QwenVLConfig.from_dict({**without, **same})
+    with one_line_error(ConfigError, "lacks", "vocab_size"):
+        QwenVLConfig.from_dict({**tiny, "vocab_size": None})
 
 
 @pytest.mark.parametrize(

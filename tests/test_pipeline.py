@@ -401,7 +401,7 @@ def test_mistakes_are_one_line(vl: Pipeline, call: str) -> None:
         ask([])
     with one_line_error(PromptError, "part 1"):
         ask([{"picture": "x"}])
-    with one_line_error(PromptError, "stop strings"):
+    with one_line_error(PromptError, "at least one character"):
         ask("the dog", stop=[""])
     with one_line_error(ImageError, "nowhere.png"):
         ask([{"image": "/nowhere.png"}])
@@ -552,7 +552,7 @@ def test_score_is_the_uncached_log_softmax(vl: Pipeline) -> None:
             logits = vl.model(torch.tensor([ids + new]), preprocess(image, SIZE)[None], ntk_alpha=1)[0]
         expected = logits.log_softmax(-1)[range(len(ids) - 1, len(ids) + len(new) - 1), new]
         assert told == pytest.approx(expected.tolist(), abs=1e-4)
-    with one_line_error(PromptError, "continuation 1"):
+    with one_line_error(PromptError, "at least one character"):
         vl.score(query, [""])
     assert vl.score(query, []) == []
 

@@ -273,7 +273,7 @@ def _report(
     saved = None
     try:
         if given.save is not None:
-            save_image(draw_regions(pictures[-1], found, pipeline.font), given.save)
+            save_image(draw_regions(pictures[-1], found, pipeline.font, pipeline.policy), given.save)
             saved = given.save
             if not given.json:
                 print(f"saved {saved}" + ("" if boxes else " (there was no box to draw)"), file=sys.stderr)

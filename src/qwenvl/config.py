@@ -26,6 +26,7 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 REFERENCE_GRID = 16  # `visual.positional_embedding` always has 16 x 16 rows, whatever the image size
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+MAX_LAYERS = 1000  # far above any model; a corrupt number should not fill the memory with empty modules
 RESAMPLER_HEAD_SIZE = 128  # the reference derives the resampler's head count as output_dim // 128
 
 Config = TypeVar("Config", "VisionConfig", "QuantizationConfig", "QwenVLConfig", "GenerationConfig")
@@ -66,17 +67,17 @@ def _booleans(config: object, *names: str) -> None:
 
 
 def _from_json_object(kind: type[Config], data: Any, where: str) -> Config:  # noqa: ANN401 - parsed JSON
-    """Build `kind` from the keys of `data` that it has as fields; a field without a default must be there."""
+    """Build `kind` from the keys of `data` that it has as fields; a field without a default must be there.
+
+    `transformers` writes null for "not set".
+    """
     _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(kind)}
+    given = {name: value for name, value in data.items() if name in fields and value is not None}
+    missing = [name for name, required in fields.items() if required and name not in given]
     _require(not missing, f"{where} lacks {', '.join(missing)}")
     try:
-        return kind(**{name: value for name, value in data.items() if name in fields})
+        return kind(**given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -117,6 +118,7 @@ class VisionConfig:
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}",
         )
+        _require(self.layers <= MAX_LAYERS, f"layers must be at most {MAX_LAYERS}, not {self.layers}")
         _require(
             1 <= self.width * self.mlp_ratio <= sys.maxsize,
             f"mlp_ratio {self.mlp_ratio} times width {self.width} is no width of a layer",
@@ -216,6 +218,8 @@ class QwenVLConfig:
         _numbers(self, "layer_norm_epsilon", "rotary_emb_base", "initializer_range")
         _booleans(self, "use_dynamic_ntk", "use_logn_attn")
         _require(self.seq_length > 1, "seq_length must be above 1, as log-n scaling divides by its logarithm, not 1")
+        layers = self.num_hidden_layers
+        _require(layers <= MAX_LAYERS, f"num_hidden_layers must be at most {MAX_LAYERS}, not {layers}")
         heads, size = self.num_attention_heads, self.kv_channels
         _require(
             heads * size == self.hidden_size,
@@ -361,9 +365,7 @@ class GenerationConfig(SamplingOptions):
     @classmethod
     def from_dict(cls, data: Any, where: str = GENERATION_CONFIG_FILE) -> GenerationConfig:  # noqa: ANN401 - parsed JSON
         """Build from parsed JSON. Raises ConfigError naming `where` and the key."""
-        _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
-        # `transformers` writes null for "not set".
-        return _from_json_object(cls, {k: v for k, v in data.items() if v is not None}, where)
+        return _from_json_object(cls, data, where)
 
     @classmethod
     def load(cls, folder: str | Path) -> GenerationConfig:

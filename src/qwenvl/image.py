@@ -73,7 +73,7 @@ def open_image(
 
     Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, told apart by their content; of an animation, the first frame.
     Colours become RGB as Pillow's `convert("RGB")` makes them, which is the reference: alpha is dropped, not blended.
-    16 bits per channel become the upper 8 (Pillow's modes `I;16` and `I`, the latter clipped to 16 bits first).
+    16 bits per channel become the upper 8 (Pillow's mode `I;16`, and `I` if a value is above 255, clipped to 16 bits).
     Raises ImageError: not a picture, broken, empty, too large, not allowed, not to be fetched.
     """
     if isinstance(source, Image.Image):
@@ -207,8 +207,10 @@ def _to_rgb(image: Image.Image, name: str, policy: ImagePolicy, exif_orientation
         )
     if exif_orientation:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _from_array(np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16))
+    values = np.clip(np.asarray(image), 0, 0xFFFF) if image.mode[0] == "I" else np.zeros(0)
+    # Mode I holds whatever was put in; Pillow's `convert("I")` of an 8-bit picture leaves 8-bit values.
+    if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 0xFF):
+        image = _from_array(values.astype(np.uint16))
     return image.convert("RGB")
 
 

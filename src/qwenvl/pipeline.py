@@ -29,7 +29,7 @@ from .model.qwenvl import QwenVL
 from .text.boxes import Box, boxes_in
 from .text.parts import Part, Query, Turn, parts_of
 from .text.prompt import DEFAULT_SYSTEM, Prompt, chatml_prompt, raw_prompt, stop_ids, stop_strings
-from .text.stream import ReplyStream
+from .text.stream import ReplyStream, texts
 from .text.tokenizer import VOCABULARY_FILE, Tokenizer
 
 ImageStore = MutableMapping[str, Image.Image]
@@ -96,7 +96,8 @@ class Pipeline:
         *,
         system: str | None = None,
         numbered: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        max_window_size: int | None = None,
         images: ImageStore | None = None,
         **options: Any,  # noqa: ANN401 - the fields of SamplingOptions, each with its own type
     ) -> ChatStream:
@@ -108,6 +109,7 @@ class Pipeline:
             system: the system message of ChatML, by default the reference's.
             numbered: write `Picture k:` before the query's pictures, as the reference's list format does.
             stop: texts that end the reply (and are not part of it).
+            max_window_size: tokens of system message and history; older turns are left out. Default: the checkpoint's.
             images: a store for pictures given as objects, which the history refers to by name; default `self.images`.
             options: any field of `SamplingOptions`, in place of what the checkpoint's generation_config.json says.
 
@@ -117,7 +119,7 @@ class Pipeline:
         """
         tokenizer = self._require_tokenizer("chat")
         store = self.images if images is None else images
-        turns = list(history or ())
+        turns = () if history is None else history
         parts = [self._to_reference(part, store) for part in parts_of(query, numbered)]
         chat_format = self.generation_config.chat_format
         n_queries = self.config.visual.n_queries
@@ -131,20 +133,20 @@ class Pipeline:
                 parts,
                 turns,
                 system=DEFAULT_SYSTEM if system is None else system,
-                max_window_size=self.generation_config.max_window_size,
+                max_window_size=max_window_size or self.generation_config.max_window_size,
                 n_queries=n_queries,
             )
-        text = ReplyStream(tokenizer, (*stop_strings(chat_format), *stop))
+        text = ReplyStream(tokenizer, (*stop_strings(chat_format), *texts(stop)))
         chosen, pictures = self._options(options), self._pictures(prompt, store)
         session, self._session = self._session or Session(), None  # taken out: a reply begun meanwhile has its own
-        return ChatStream(self._stream(prompt, pictures, session, text, chosen), turns, parts, self, session)
+        return ChatStream(self._stream(prompt, pictures, session, text, chosen), list(turns), parts, self, session)
 
     def generate(
         self,
         query: Query,
         *,
         numbered: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **options: Any,  # noqa: ANN401 - the fields of SamplingOptions
     ) -> str:
         """The text with which the model goes on after `query` alone, without roles: how a base checkpoint is asked.
@@ -163,6 +165,8 @@ class Pipeline:
         The reference's grounding prompt, `<img>..</img><ref>phrase</ref><box>`, greedy, up to 28 new tokens; `options`
         as in `generate`.
         """
+        if not phrase.strip():
+            raise PromptError("ground needs a phrase to find, such as 'the dog'")
         picture = open_image(image, self.policy)
         asked: list[Part] = [{"image": picture}, {"ref": phrase, "box": None}]
         greedy = {"do_sample": False, "max_new_tokens": GROUNDING_TOKENS}
@@ -204,7 +208,7 @@ class Pipeline:
         *,
         max_new_tokens: int | None = None,
         stop_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         image_features: Tensor | None = None,
         beams: BeamOptions | None = None,
         return_log_probabilities: bool = False,
@@ -247,7 +251,7 @@ class Pipeline:
         """
         tokenizer = self._require_tokenizer("score")
         prompt = raw_prompt(tokenizer, query, n_queries=self.config.visual.n_queries, numbered=numbered)
-        ids = [tokenizer.encode(text) for text in continuations]
+        ids = [tokenizer.encode(text) for text in texts(continuations, "continuations")]
         session = Session()
         logits = start(
             self.model, session, prompt.ids, self._pictures(prompt, self.images), max(map(len, ids), default=0)
@@ -330,7 +334,7 @@ class Pipeline:
                 picture = open_image(source, self.policy)
                 if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
                     store[source] = picture  # fetched once for as long as the store is kept, not once a round
-            pixels = preprocess(picture, self.config.visual.image_size)
+            pixels = preprocess(picture, self.config.visual.image_size, self.policy)
             pictures.append((image_hash(pixels), pixels))
         return pictures
 

@@ -99,7 +99,7 @@ class Conversation:
         boxes = self.pipeline.ground(self.picture, phrase)
         show_boxes(boxes)
         if boxes:
-            self._keep(draw_regions(self.picture, boxes, self.pipeline.font))
+            self._keep(draw_regions(self.picture, boxes, self.pipeline.font, self.pipeline.policy))
 
     def save(self, name: str) -> None:
         """Write the conversation or the annotated picture, by the ending of the name."""

@@ -433,7 +433,7 @@ def test_mistakes_are_one_line(vl: Pipeline, spoken: Pipeline) -> None:
         vl.generate_ids(torch.tensor([[5, 64]]))
     with one_line_error(PromptError, "vocabulary", "qwen.tiktoken"):
         vl.generate_ids(ids, stop=["x"])
-    with one_line_error(PromptError, "stop strings"):
+    with one_line_error(PromptError, "at least one character"):
         spoken.generate_ids(ids, stop=[""])
     with one_line_error(ConfigError, "temprature", "temperature"):
         vl.generate_ids(ids, temprature=1.0)

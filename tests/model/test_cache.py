@@ -54,13 +54,23 @@ def test_a_bucket_is_a_view(config: QwenVLConfig) -> None:
     assert cache.lengths.tolist() == [0, 0]  # until all layers have written
 
 
-def test_slots_of_each_row(config: QwenVLConfig) -> None:
-    """With rows [B,1] and slots [B,T], every row's tokens go to its own slots and nowhere else."""
-    cache = KVCache.allocate(config, 2, 10)
-    new = torch.arange(1.0, 5).view(2, 1, 2, 1).expand(2, 4, 2, 32)
-    keys, _ = cache.append(0, new, new, (torch.arange(2)[:, None], torch.tensor([[0, 1], [6, 7]])), bucket=8)
-    assert keys[0, 0, :, 0].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
-    assert keys[1, 3, :, 31].tolist() == [0, 0, 0, 0, 0, 0, 3, 4]
+def test_slots_of_each_row(config: QwenVLConfig, model: QwenVL) -> None:
+    """Rows of different lengths: every token lies in the slot of its position, as in a cache of the row alone."""
+    rows = [some_ids(1, n, seed=n) for n in (7, 2)]
+    together = KVCache.allocate(config, 2, 12)
+    ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.bool)
+    for row, text in enumerate(rows):
+        ids[row, 7 - text.shape[1] :], mask[row, 7 - text.shape[1] :] = text[0], True
+    more = some_ids(2, 3, seed=9)
+    model(ids, attention_mask=mask, cache=together)
+    model(more, cache=together)
+    for row, text in enumerate(rows):
+        alone = KVCache.allocate(config, 1, 12)
+        model(text, cache=alone)
+        model(more[row : row + 1], cache=alone)
+        held = text.shape[1] + 3
+        for ours, its in ((together.keys, alone.keys), (together.values, alone.values)):
+            torch.testing.assert_close(ours[:, row, :, :held], its[:, 0, :, :held], atol=TOLERANCE, rtol=0)
 
 
 def test_rows_share_memory(config: QwenVLConfig, model: QwenVL) -> None:

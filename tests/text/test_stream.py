@@ -93,7 +93,7 @@ def test_after_the_stop_nothing_comes(small: Tokenizer) -> None:
 @pytest.mark.parametrize("stop", [("",), ("a", ""), (5,), (None,)])
 def test_stop_strings_are_checked(small: Tokenizer, stop: tuple[str, ...]) -> None:
     """An empty stop string would end every reply before it begins."""
-    with one_line_error(PromptError, "stop strings", repr(list(stop))):
+    with one_line_error(PromptError, "at least one character", repr(stop[-1])):
         ReplyStream(small, stop)
 
 

@@ -28,7 +28,7 @@ def generate_batch(
     attention_mask: Tensor | None = None,
     image_features: Tensor | None = None,
     stop_ids: Sequence[int] = (),
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     beams: BeamOptions | None = None,
     with_log_probabilities: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
@@ -42,7 +42,8 @@ def generate_batch(
     if stop and tokenizer is None:
         raise PromptError("stop strings need a tokenizer; use stop_ids")
     weight = model.decoder.wte.weight
-    input_ids, mask = _left_padded(input_ids.to(weight.device), attention_mask)
+    input_ids, mask = _left_padded(input_ids, attention_mask)
+    input_ids, mask = input_ids.to(weight.device), None if mask is None else mask.to(weight.device)
     batch, width = input_ids.shape
     n_beams = 1 if beams is None else beams.num_beams
     n_vocab = None if tokenizer is None else tokenizer.n_vocab
@@ -92,6 +93,9 @@ def generate_batch(
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The same rows with all padding at the left, so that every row's last column is its last token."""
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) and value is not None:
+            raise PromptError(f"{name} must be a tensor [B,T], not a {type(value).__name__}")
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise PromptError(f"input_ids must be whole numbers [B,T], not {input_ids.dtype} {list(input_ids.shape)}")
     input_ids = input_ids.long()

@@ -131,6 +131,7 @@ def beam_search(
     beams: BeamOptions,
     options: SamplingOptions,
     *,
+    limits: Sequence[int] | None = None,
     prompt_mask: Tensor | None = None,
     stop_ids: Sequence[int] = (),
     n_vocab: int | None = None,
@@ -142,20 +143,22 @@ def beam_search(
     feed it `ids[i]`. The first call widens the cache from B rows to B x K; later ones reorder it, and drop the rows of
     prompts that are done.
 
-    The processors of `options` act on log-probabilities and nothing is renormalised afterwards (as in the reference);
-    `stop_ids` end a text; ids from `n_vocab` up are never emitted. The length penalty counts the row's own prompt,
-    without padding, so a row scores what it would alone (the reference counts padding). A prompt gives fewer texts
-    than asked for only if there are no more. Raises QwenVLError if the logits or the options leave nothing to choose.
+    `limits` are new tokens for each prompt, by default `options.max_new_tokens` for all. The processors of `options`
+    act on log-probabilities and nothing is renormalised afterwards (as in the reference); `stop_ids` end a text; ids
+    from `n_vocab` up are never emitted. The length penalty counts the row's own prompt, without padding, so a row
+    scores what it would alone (the reference counts padding). A prompt gives fewer texts than asked for only if there
+    are no more. Raises QwenVLError if the logits or the options leave nothing to choose.
     """
     n_beams, width = beams.num_beams, prompt.shape[1]
     mask = torch.ones_like(prompt, dtype=torch.bool) if prompt_mask is None else prompt_mask.bool()
-    finished = [_Finished(beams, length, options.max_new_tokens) for length in mask.sum(1).tolist()]
+    limits = [options.max_new_tokens] * len(prompt) if limits is None else limits
+    finished = [_Finished(beams, length, limit) for length, limit in zip(mask.sum(1).tolist(), limits, strict=True)]
     going = list(range(len(prompt)))  # the prompts whose search goes on: K rows of the tensors below for each of them
     logits, history, mask = (rows.repeat_interleave(n_beams, 0) for rows in (logits, prompt, mask))
     totals = torch.full((len(logits),), -math.inf, dtype=torch.float32, device=logits.device)
     totals[::n_beams] = 0  # the beams of a prompt are equal at first: only one of them counts
 
-    for n_generated in range(options.max_new_tokens):
+    for n_generated in range(max(limits)):
         scores = process(
             logits.float().log_softmax(-1),
             history,
@@ -172,9 +175,14 @@ def beam_search(
             if not candidates:
                 raise no_choice(index)
             unfinished = _set_finished_apart(candidates, finished[index], history[:, width:], stop_ids)
-            if unfinished and not finished[index].cannot_improve(candidates[0].total, n_generated + 1):
+            if not unfinished or finished[index].cannot_improve(candidates[0].total, n_generated + 1):
+                continue
+            if n_generated + 1 < limits[index]:
                 still_going.append(index)
                 survivors += unfinished
+            else:  # the length ends them
+                for total, row, id_ in (c for c in unfinished if c.total > -math.inf):
+                    finished[index].add([*history[row, width:].tolist(), id_], total, None)
         going = still_going
         if not going:
             break
@@ -183,12 +191,7 @@ def beam_search(
         totals = torch.tensor([c.total for c in survivors], dtype=torch.float32, device=history.device)
         history = torch.cat([history[rows], ids[:, None]], dim=1)
         mask = torch.cat([mask[rows], torch.ones_like(mask[rows, :1])], dim=1)
-        if n_generated + 1 < options.max_new_tokens:
-            logits = step(rows if n_generated else [row // n_beams for row in rows], ids)
-
-    for place, (total, text) in enumerate(zip(totals.tolist(), history[:, width:].tolist(), strict=True)):
-        if going and total > -math.inf:
-            finished[going[place // n_beams]].add(text, total, None)
+        logits = step(rows if n_generated else [row // n_beams for row in rows], ids)
     return [found.best() for found in finished]
 
 

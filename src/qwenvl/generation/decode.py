@@ -10,7 +10,6 @@ Blocking and streaming, chat and batch all run on these.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,10 +152,9 @@ def search(
 ) -> list[list[Hypothesis]]:
     """Beam search behind B prompts whose prefill stands in the first B of the cache's B x num_beams rows.
 
-    Arguments as in `decode`; returns, for each prompt, its best texts, best first. All end where the longest prompt
-    runs out of the model's positions.
+    Arguments as in `decode`; returns, for each prompt, its best texts, best first.
     """
-    limit = min(room(cache, options))
+    limits = room(cache.rows(slice(len(logits))), options)
 
     def step(rows: list[int], ids: Tensor) -> Tensor:
         new: Tensor = model(ids[:, None], cache=cache.reorder(rows), logits_to_keep=1)
@@ -167,7 +165,8 @@ def search(
         step,
         history,
         beams,
-        dataclasses.replace(options, max_new_tokens=limit),
+        options,
+        limits=limits,
         prompt_mask=history_mask,
         stop_ids=stop_ids,
         n_vocab=n_vocab,

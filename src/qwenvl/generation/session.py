@@ -62,6 +62,7 @@ def start(
         kept = 0
     needed = min(len(ids) + new_tokens, config.max_position_embeddings)
     session.cache = cache = _with_room(model, cache, kept, needed, len(ids))
+    session.signs = signs[:kept]  # what the cache holds, should something fail from here on
     cache.declare([len(ids)])
     # Features of pictures that stay in the conversation are kept, others dropped.
     skipped = sum(sign == config.visual.image_start_id for sign in signs[:kept])
@@ -70,7 +71,6 @@ def start(
         encoded = model.encode_images(torch.stack([new[hash_] for hash_ in missing]))
         session.features |= dict(zip(missing, encoded, strict=True))
     session.features = {hash_: session.features[hash_] for hash_, _ in images if hash_ in session.features}
-    session.signs = signs[:kept]  # what the cache holds, should the prefill fail
     logits = prefill(
         model,
         cache,

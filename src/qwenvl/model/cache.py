@@ -1,8 +1,8 @@
 """The keys and values of the tokens that the decoder has seen, allocated once and owned by the caller.
 
-A row's first slots hold its real tokens, and a token's slot is its position. What lies beyond a row's length is
-whatever was last written there: finite, hidden by the mask, and overwritten as the row grows. Every row has its own
-length and its own NTK alpha, so that a row computes what it would compute alone.
+A row's slots hold its real tokens only, and a token's slot is its position: padding never enters. What lies beyond a
+row's length is zero, or left from before a rewind; the mask hides it. Every row has its own length and its own NTK
+alpha, so that a row computes what it would compute alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ..config import QwenVLConfig
 from ..errors import CacheError
 from .rope import inverse_frequencies, ntk_alpha
 
-# Where new keys go: slots [T] for rows of one length, else rows [B,1] and slots [B,T].
-Slots: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+# Where new keys go. Without padding and for rows of one length: slots [T]. Else rows, columns and slots that broadcast:
+# column t of row b goes to slot s of row b. Columns that are not named, the padding, go nowhere.
+Slots: TypeAlias = "Tensor | tuple[Tensor, Tensor, Tensor]"
 
 
 class KVCache:
@@ -61,8 +62,10 @@ class KVCache:
 
         It takes 2 x layers x batch x max_length x hidden_size elements. Zeros rather than uninitialised memory: a slot
         that the mask hides still enters 0 x value, and 0 x NaN is NaN. Ordinary tensors even in inference mode, so that
-        a cache made there can be written to elsewhere.
+        a cache made there can be written to elsewhere. Raises CacheError without a row or a slot.
         """
+        if batch < 1 or max_length < 1:
+            raise CacheError(f"a cache needs at least one row and one slot, not {batch} x {max_length}")
         heads, head_size = config.num_attention_heads, config.kv_channels
         shape = (config.num_hidden_layers, batch, heads, max_length, head_size)
         with torch.inference_mode(False):
@@ -113,6 +116,8 @@ class KVCache:
         if len(prompt_lengths) != self.batch:
             raise CacheError(f"{len(prompt_lengths)} prompt lengths were declared for a cache of {self.batch} rows")
         for row in (self.alphas == 0).nonzero()[:, 0].tolist():
+            if prompt_lengths[row] == 0:  # nothing but padding: its prompt is still to come
+                continue
             alpha = self._alpha_for(prompt_lengths[row]) if dynamic_ntk else 1.0
             self.alphas[row] = alpha
             self.frequencies[row] = inverse_frequencies(
@@ -178,7 +183,8 @@ class KVCache:
             if isinstance(slots, Tensor):
                 store.index_copy_(2, slots, new)
             else:
-                store.transpose(1, 2)[slots] = new.transpose(1, 2)
+                rows, columns, places = slots
+                store.transpose(1, 2)[rows, places] = new.transpose(1, 2)[rows, columns]
         return self.keys[layer][:, :, :bucket], self.values[layer][:, :, :bucket]
 
     def advance(self, new_tokens: Sequence[int]) -> None:

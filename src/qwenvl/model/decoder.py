@@ -162,11 +162,11 @@ class Decoder(nn.Module):
         (batch, columns), device = embeddings.shape[:2], embeddings.device
         config, stretch = self.config, self.config.use_dynamic_ntk and not self.training
         starts = [0] * batch if cache is None else cache.host_lengths.tolist()
-        self._check_lengths(batch, columns, row_lengths, cache, starts)
+        self._check_lengths(batch, row_lengths, cache, starts)
         positions = torch.arange(columns, device=device)[None]  # [1,T], or [B,T] once a cache says where rows begin
         slots: Slots | None = None
         mask = None
-        bucket = max(starts) + columns
+        bucket = columns
         if cache is None:
             if alphas is None:
                 alphas = [ntk_alpha(n, config.seq_length) if stretch else 1.0 for n in row_lengths]
@@ -175,16 +175,13 @@ class Decoder(nn.Module):
             cache.declare(row_lengths, dynamic_ntk=stretch)
             positions = cache.lengths[:, None] + positions
             frequencies = cache.frequencies
-            same_start = len(set(starts)) == 1
-            slots = positions[0] if same_start else (torch.arange(batch, device=device)[:, None], positions)
-            if max(starts) > 0 and not (same_start and columns == 1):
-                looking = positions[:1] if same_start else positions
-                mask = torch.arange(bucket, device=device) <= looking[:, None, :, None]  # [1 or B,1,T,bucket]
+            bucket = min(max(starts) + columns, cache.max_length)
+            slots, mask = _placement(positions, starts, row_lengths, bucket)
         cos, sin = rotary_tables(positions, frequencies)
         logn = None
         if config.use_logn_attn and not self.training and bucket > config.seq_length:
             logn = logn_factors(positions, config.seq_length)[:, :, None, None].type_as(embeddings)
-        causal = mask is None and max(starts) == 0 and columns > 1
+        causal = mask is None and columns > 1
         return AttentionContext(cos, sin, logn, mask, causal, cache, slots, bucket)
 
     def _frequencies(self, alphas: Sequence[float], device: torch.device) -> Tensor:
@@ -193,9 +190,7 @@ class Decoder(nn.Module):
         rows = alphas[:1] if len(set(alphas)) == 1 else alphas
         return torch.stack([inverse_frequencies(config.kv_channels, config.rotary_emb_base, a, device) for a in rows])
 
-    def _check_lengths(
-        self, batch: int, columns: int, row_lengths: Sequence[int], cache: KVCache | None, starts: list[int]
-    ) -> None:
+    def _check_lengths(self, batch: int, row_lengths: Sequence[int], cache: KVCache | None, starts: list[int]) -> None:
         longest = max(start + new for start, new in zip(starts, row_lengths, strict=False))
         if longest > self.config.max_position_embeddings:
             raise PromptError(
@@ -206,13 +201,40 @@ class Decoder(nn.Module):
             return
         if cache.batch != batch:
             raise CacheError(f"the cache has {cache.batch} rows but the input has {batch}")
-        weight = self.wte.weight
+        weight, config = self.wte.weight, self.config
         if (cache.keys.dtype, cache.keys.device) != (weight.dtype, weight.device):
             raise CacheError(
                 f"the cache is {cache.keys.dtype} on {cache.keys.device}, the model {weight.dtype} on {weight.device}"
             )
-        if max(starts) + columns > cache.max_length:
+        made_for = (cache.keys.shape[0], cache.keys.shape[2], cache.keys.shape[4])
+        if made_for != (config.num_hidden_layers, config.num_attention_heads, config.kv_channels):
             raise CacheError(
-                f"the cache has {cache.max_length} slots a row, but {max(starts)} are taken and {columns} more were "
-                "given; allocate a longer one"
+                f"the cache is for another model: {made_for} layers, heads, head size; allocate one for this"
             )
+        if longest > cache.max_length:
+            raise CacheError(f"{longest} tokens do not fit into the cache's {cache.max_length} slots; allocate more")
+
+
+def _placement(
+    positions: Tensor, starts: list[int], row_lengths: Sequence[int], bucket: int
+) -> tuple[Slots, Tensor | None]:
+    """Where new keys at `positions` [B,T] go, and the mask [1 or B,1,T,bucket] of what their queries may see.
+
+    No mask for the first tokens of all rows, where attention is causal, nor for one new token each in rows of one
+    length, which sees everything.
+    """
+    (batch, columns), device = positions.shape, positions.device
+    same_start = len(set(starts)) == 1
+    slots: Slots
+    if min(row_lengths) < columns:
+        real = torch.arange(columns, device="cpu") < torch.tensor(row_lengths, device="cpu")[:, None]
+        rows, real_columns = (index.to(device) for index in real.nonzero(as_tuple=True))
+        slots = rows, real_columns, positions[rows, real_columns]
+    elif same_start:
+        slots = positions[0]
+    else:
+        slots = torch.arange(batch, device=device)[:, None], torch.arange(columns, device=device)[None], positions
+    if (bucket == columns and max(starts) == 0) or (same_start and columns == 1):
+        return slots, None
+    looking = positions[:1] if same_start else positions
+    return slots, torch.arange(bucket, device=device) <= looking[:, None, :, None]

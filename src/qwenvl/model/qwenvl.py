@@ -58,9 +58,7 @@ class QwenVL(nn.Module):
 
         Raises PromptError if the pixels have another shape.
         """
-        size = self.config.visual.image_size
-        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
-            raise PromptError(f"pixels must be [N,3,{size},{size}], not {list(pixels.shape)}")
+        self._check_pixels(pixels)
         return self.resampler(self.visual(pixels.to(self.visual.conv1.weight)))
 
     def embed(
@@ -91,7 +89,7 @@ class QwenVL(nn.Module):
         logits_to_keep: int | None = None,
         return_hidden: bool = False,
         return_attentions: bool = False,
-        ntk_alpha: float | Sequence[float] | None = None,
+        ntk_alpha: float | Sequence[float] | Tensor | None = None,
     ) -> Tensor | Output:
         """Logits [B,T,V] of ids [B,T]; an `Output` when hidden states or attention maps are asked for.
 
@@ -170,6 +168,8 @@ class QwenVL(nn.Module):
         """`embeddings` [B,T,C] with the features of the n-th image in the n-th `<img>` span."""
         if pixels is not None and image_features is not None:
             raise PromptError("give pixels or image_features, not both")
+        if pixels is not None:
+            self._check_pixels(pixels)
         spans = [] if input_ids is None else self._find_spans(input_ids, real)
         images = pixels if image_features is None else image_features
         if len(spans) != (0 if images is None else len(images)):
@@ -184,6 +184,11 @@ class QwenVL(nn.Module):
         start = torch.tensor(spans, device=embeddings.device)  # [N,2]: row, first column inside the span
         columns = start[:, 1:] + torch.arange(n_queries, device=embeddings.device)  # [N,Q]
         return embeddings.index_put((start[:, :1], columns), features)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        size = self.config.visual.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
+            raise PromptError(f"pixels must be [N,3,{size},{size}], not {list(pixels.shape)}")
 
     def _find_spans(self, input_ids: Tensor, real: Tensor | None) -> list[tuple[int, int]]:
         """Row and first inner column of every image span, in reading order. Ids inside a span do not matter."""
@@ -208,10 +213,11 @@ class QwenVL(nn.Module):
             inside_until = (row, end)
         return spans
 
-    def _alphas(self, ntk_alpha: float | Sequence[float], batch: int, cache: KVCache | None) -> list[float]:
+    def _alphas(self, ntk_alpha: float | Sequence[float] | Tensor, batch: int, cache: KVCache | None) -> list[float]:
         if cache is not None:
             raise PromptError("ntk_alpha cannot be given with a cache: its rows keep the alpha of their prompts")
-        alphas = [float(ntk_alpha)] * batch if isinstance(ntk_alpha, (int, float)) else [float(a) for a in ntk_alpha]
+        given = ntk_alpha.tolist() if isinstance(ntk_alpha, Tensor) else ntk_alpha
+        alphas = [float(given)] * batch if isinstance(given, (int, float)) else [float(a) for a in given]
         if len(alphas) != batch or not all(math.isfinite(a) and a >= 1 for a in alphas):
             raise PromptError(f"ntk_alpha must be one number from 1 up, or one for each of {batch} rows, not {alphas}")
         return alphas

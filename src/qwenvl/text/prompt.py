@@ -123,6 +123,10 @@ def chatml_prompt(
     counted, as in the reference. `n_queries` is the width of an image span without its two ends, `numbered=False`
     writes the query's pictures without `Picture k:`. Raises PromptError on malformed parts and an empty query.
     """
+    if not isinstance(system, str):
+        raise PromptError(f"system must be a text, not a {type(system).__name__}")
+    if not isinstance(history, Sequence):
+        raise PromptError(f"history must be a list of Turns, not a {type(history).__name__}")
     for number, turn in enumerate(history, 1):
         if not isinstance(turn, Turn):
             raise PromptError(f"history item {number} is a {type(turn).__name__}, not a Turn (see Turn.from_dict)")

@@ -1,6 +1,7 @@
 """A reply as it is generated: text that can be shown now, and nothing that would have to be taken back.
 
 ReplyStream   ids in, deltas out; knows stop strings and stripping
+texts         stop strings or continuations as a caller gives them
 """
 
 from __future__ import annotations
@@ -11,6 +12,14 @@ from ..errors import PromptError
 from .tokenizer import StreamDecoder, Tokenizer
 
 
+def texts(given: str | Sequence[str] | None, what: str = "stop strings") -> tuple[str, ...]:
+    """One text, several or none, as several. Raises PromptError for anything else, and for an empty text."""
+    several = () if given is None else (given,) if isinstance(given, str) else given
+    if not isinstance(several, Sequence) or any(not isinstance(text, str) or not text for text in several):
+        raise PromptError(f"{what} must be texts of at least one character, not {given!r:.80}")
+    return tuple(several)
+
+
 class ReplyStream:
     """Turns new ids into deltas whose join is the decoded text before the first stop string, stripped if `strip`.
 
@@ -18,11 +27,9 @@ class ReplyStream:
     string, and (if `strip`) white space that may be the last. Raises PromptError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, strip: bool = True) -> None:
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise PromptError(f"stop strings must be texts of at least one character, not {list(stop)!r}")
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), *, strip: bool = True) -> None:
         self._decoder = StreamDecoder(tokenizer)
-        self._stop, self._strip = tuple(stop), strip
+        self._stop, self._strip = texts(stop), strip
         self._held = ""
         self._begun = False
         self.stopped = False

@@ -192,9 +192,8 @@ def _load_pickle(file: Path, *, header_only: bool) -> dict[str, Tensor]:
         with open(file, "rb") as opened:
             is_zip = opened.read(4) == _ZIP_MAGIC
         # Before torch 1.6 `.bin` files were bare pickles, which cannot be mapped: they are read whole, one at a time.
-        tensors = torch.load(
-            file, weights_only=True, mmap=is_zip, map_location="meta" if header_only and not is_zip else "cpu"
-        )
+        device = "meta" if header_only and not is_zip else "cpu"
+        tensors = torch.load(file, weights_only=True, mmap=is_zip, map_location=device)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
@@ -206,9 +205,15 @@ def _load_pickle(file: Path, *, header_only: bool) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise CheckpointError(f"{file} is truncated or damaged ({reason}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.device.type == device
+        for name, tensor in tensors.items()
     ):
-        raise CheckpointError(f"{file} does not hold a plain dictionary of named tensors; save a state_dict instead")
+        raise CheckpointError(
+            f"{file} does not hold a plain dictionary of named tensors, all of them dense; save a state_dict instead"
+        )
     return dict(tensors)
 
 
@@ -245,11 +250,21 @@ def load_into(
         raise CheckpointError(f"{checkpoint.folder} does not fit this model: {'; '.join(problems)}")
     with progress_bar("loading", checkpoint.bytes, quiet) as bar:
         for entry, stored in checkpoint.stream():
+            if entry.ours.endswith(".g_idx"):
+                _check_groups(entry, stored, checkpoint.config)
             tensor = stored.to(device=device, dtype=dtype if entry.kind == "float" else None).contiguous()
             owner, _, leaf = entry.ours.rpartition(".")
             # Through the owner alone: loading through the whole module would walk all of it for each tensor.
             module.get_submodule(owner).load_state_dict({leaf: tensor}, strict=False, assign=True)
             bar.update(checkpoint.at(entry).bytes)
+
+
+def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
+    """Refuse group numbers that have no scale, before a kernel reads beyond the scales."""
+    assert config.quantization_config is not None
+    groups = -(-len(g_idx) // config.quantization_config.group_size)
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise CheckpointError(f"{entry.ours} names groups outside 0 to {groups - 1}: it is damaged; fetch it again")
 
 
 def progress_bar(what: str, total: int, quiet: bool) -> tqdm:
