@@ -4,14 +4,15 @@
     python bench/compare_eager.py --quick    # a smoke run
     python bench/compare_eager.py --save     # also append the JSON line to bench/results/compare_eager.jsonl
 
-Both run on the same weights, in the same process, in turn (A B, B A, ...), so that a change of the machine's speed hits
-both. Printed are medians with the 10th and 90th percentile, and the median of the ratios pair by pair. The last line
-is JSON.
+Both compute with the same weights (ours laid out as `qwenvl.load` lays them out), in the same process, in turn (A B,
+B A, ...), so that a change of the machine's speed hits both. Printed are medians with the 10th and 90th percentile, and
+the median of the ratios pair by pair. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -26,9 +27,11 @@ import torch
 from eager_reference import EagerReference, Past
 from tqdm import tqdm
 
+from qwenvl.adapt.layout import columns_first
 from qwenvl.config import QwenVLConfig, VisionConfig
 from qwenvl.model.cache import KVCache
 from qwenvl.model.qwenvl import QwenVL
+from qwenvl.weights.checkpoint import by_columns
 
 MID_SIZE = QwenVLConfig(
     vocab_size=32_000,
@@ -143,7 +146,10 @@ def main() -> None:
     runs = 3 if options.quick else 15
     with torch.inference_mode():
         model = QwenVL(MID_SIZE).eval()
-        reference = EagerReference(model)
+        reference = EagerReference(copy.deepcopy(model))
+        for name in columns_first(model, torch.float32, torch.device("cpu")):  # as `qwenvl.load` does
+            weight = model.get_parameter(name)
+            weight.data = by_columns(weight.data, weight.dtype)
         rows = [
             encode(model, reference, runs),
             prefill(model, reference, 512, runs),

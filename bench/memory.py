@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from qwenvl.adapt.layout import columns_first
 from qwenvl.config import QwenVLConfig, VisionConfig
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.weights.checkpoint import Checkpoint, load_into
@@ -125,7 +126,9 @@ def run_job(kind: str, *arguments: str) -> None:
         checkpoint = Checkpoint(source)
         with torch.device("meta"):
             model = QwenVL(checkpoint.config)
-        load_into(model, checkpoint, dtype=getattr(torch, dtype), device="cpu", quiet=True)
+        target, cpu = getattr(torch, dtype), torch.device("cpu")
+        laid_out = columns_first(model, target, cpu)
+        load_into(model, checkpoint, dtype=target, device=cpu, columns_first=laid_out, quiet=True)
 
 
 def main() -> int:

@@ -78,8 +78,20 @@ def differences(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
     return request.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need files which are not ours to publish."""
+    for item in items:
+        if "reference_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print how far from the reference's numbers ours are, wherever they were compared."""
+    """Print how many tests with the real files ran, and how far from the reference's numbers ours are."""
+    counts = [
+        sum("real" in report.keywords for report in terminalreporter.getreports(outcome))
+        for outcome in ("passed", "failed", "skipped")
+    ]
+    terminalreporter.write_line("tests with the real files: {} passed, {} failed, {} skipped".format(*counts))
     for name, cases in config.stash.get(DIFFERENCES, {}).items():
         shown = ", ".join(f"{case} {difference:.1e}" for case, difference in cases.items())
         terminalreporter.write_line(f"{name}: largest difference from the reference: {shown}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwenvl.config import QwenVLConfig, VisionConfig
 from qwenvl.errors import QwenVLError
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.pipeline import Pipeline
+from qwenvl.text.stream import ReplyStream
 from qwenvl.text.tokenizer import VOCABULARY_FILE, Tokenizer
 from qwenvl.weights.write import save
 
@@ -185,3 +187,23 @@ def write_checkpoint(folder: Path, model: QwenVL, vocabulary: Path | None, gener
         files["generation_config.json"] = json.dumps(generation).encode()
     save(model.state_dict(), folder, model.config, files, quiet=True)
     return folder
+
+
+def reply_text(tokenizer: Tokenizer, new_ids: Iterable[int], stops: Iterable[int], strings: Iterable[str] = ()) -> str:
+    """What newly generated ids say before the first of `stops` or `strings`, stripped; region tags are kept.
+
+    Without a stop, as when the length ended generation, every id counts. Takes the new ids alone: a prompt is cut off
+    by counting ids, as its text may decode to other characters than were written.
+    """
+    stops = frozenset(stops)
+    text = tokenizer.decode(itertools.takewhile(lambda i: i not in stops, new_ids))
+    return text[: min((at for at in map(text.find, strings) if at >= 0), default=None)].strip()
+
+
+def streamed_reply(
+    tokenizer: Tokenizer, new_ids: Iterable[int], stops: Iterable[int], strings: Sequence[str] = ()
+) -> str:
+    """The same from the class that every reply goes through, id by id."""
+    stops, stream = frozenset(stops), ReplyStream(tokenizer, strings)
+    deltas = [stream.push(id_) for id_ in itertools.takewhile(lambda i: i not in stops, new_ids)]
+    return "".join(deltas) + stream.flush()

@@ -133,19 +133,23 @@ def test_a_kept_cache_changes_no_reply(vl: Pipeline) -> None:
 
 
 def test_round_two_computes_only_what_is_new(vl: Pipeline, columns: list[int]) -> None:
-    """Its prefill begins behind what round one left in the cache."""
+    """Its prefill begins behind what round one left in the cache: the prompt, and the reply but for its last id."""
     tokenizer = tokenizer_of(vl)
-    query = [{"image": picture(1)}, {"text": "what"}]
-    _, history = vl.chat(query, max_new_tokens=4)
-    first = chatml_prompt(tokenizer, query, n_queries=16)
-    assert columns[0] == len(first.ids)
-    assert columns[1:] == [1] * (len(columns) - 1)
+    first = chatml_prompt(tokenizer, "the dog", n_queries=16).ids
+    (new,) = vl.generate_ids(torch.tensor([first]), max_new_tokens=4)
     del columns[:]
-    vl.chat("the dog", history, max_new_tokens=4)
-    second = chatml_prompt(tokenizer, "the dog", history, n_queries=16)
-    assert len(second.ids) < 192
-    assert columns[0] <= len(second.ids) - len(first.ids)
-    assert columns[1:] == [1] * (len(columns) - 1)
+    _, history = vl.chat("the dog", max_new_tokens=4)
+    assert columns == [len(first), 1, 1, 1]
+    del columns[:]
+    query = [{"image": picture(1)}, {"text": "where"}]
+    vl.chat(query, history, max_new_tokens=4)
+    second = chatml_prompt(tokenizer, query, history, n_queries=16).ids
+    assert len(second) <= 192
+    held = [*first, *new[:-1]]
+    kept = next(at for at, id_ in enumerate(second) if held[at : at + 1] != [id_])
+    assert kept > len(first)
+    assert columns[0] == len(second) - kept
+    assert set(columns[1:]) <= {1}
 
 
 def test_a_boundary_prefills_anew(vl: Pipeline, columns: list[int]) -> None:

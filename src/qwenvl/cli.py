@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .text.boxes import Box, Region
 
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+DECODING = (
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("min_new_tokens", "max_new_tokens", "stop", "seed"),
+)
 
 EXAMPLES = {
     "chat": """examples:
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
             group(sub)
         return sub
 
-    chat = command("chat", _chat, "Talk about pictures, or ask one question.", _model, _images, _sampling, _output)
+    chat = command("chat", _chat, "Talk about pictures, or ask one question.", _model, _images, _decoding, _output)
     chat.add_argument("question", nargs="?", help="ask this and exit; without it, talk in the terminal")
     chat.add_argument("--system", help="the system message")
     chat.add_argument("--out", default="qwenvl-out", help="folder for annotated pictures (default: %(default)s)")
@@ -114,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "Let a base checkpoint go on after pictures and a text.",
         _model,
         _images,
-        _sampling,
+        _decoding,
         _output,
     )
     generate.add_argument("prompt", help="the text after the pictures")
@@ -163,7 +166,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="PICTURE", help="write the (last) picture with the boxes drawn on it")
 
 
-def _sampling(parser: argparse.ArgumentParser) -> None:
+def _decoding(parser: argparse.ArgumentParser) -> None:
     """Options of decoding; what is not given is as the checkpoint's generation_config.json says."""
     group = parser.add_argument_group("decoding", "what is not given is as the checkpoint says")
     group.add_argument("--sample", dest="do_sample", action="store_true", default=None, help="sample")
@@ -172,7 +175,12 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int)
     group.add_argument("--top-p", type=float)
     group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--no-repeat-ngram-size", type=int)
+    group.add_argument("--min-new-tokens", type=int)
     group.add_argument("--max-new-tokens", type=int)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
     group.add_argument("--seed", type=int, help="of sampling")
 
 
@@ -188,7 +196,7 @@ def _load(given: argparse.Namespace) -> Pipeline:
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in SAMPLING if (value := getattr(given, name)) is not None}
+    return {name: value for name in DECODING if (value := getattr(given, name)) is not None}
 
 
 def _pictures(given: argparse.Namespace, sources: Sequence[str]) -> list[Image]:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .adapt.int4 import quantize_structure
+from .adapt.layout import columns_first
 from .config import GenerationConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
@@ -66,7 +67,8 @@ def load(
         model = QwenVL(config)
         if config.quantization_config is not None:
             quantize_structure(model, config)
-    load_into(model, checkpoint, dtype=dtype, device=device, quiet=quiet)
+    laid_out = columns_first(model, dtype, device)
+    load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
     font = folder / FONT_FILE
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 

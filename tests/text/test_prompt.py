@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import streamed_reply
 
 from qwenvl.errors import PromptError
 from qwenvl.text.parts import Turn, parse_tagged
@@ -14,7 +15,6 @@ from qwenvl.text.prompt import (
     Prompt,
     chatml_prompt,
     raw_prompt,
-    reply_text,
     stop_ids,
     stop_strings,
     training_example,
@@ -91,7 +91,7 @@ def test_replies_decode_as_the_reference(real: Tokenizer, cases: dict[str, Any])
     assert [[stop] for stop in stops[:2]] == [cases["stop_words_chatml"][0], cases["stop_words_chatml"][1]]
     for row in cases["decode_chatml"]:
         if set(row["generated_ids"]) & set(stops):
-            assert reply_text(real, row["generated_ids"], stops) == row["response"]
+            assert streamed_reply(real, row["generated_ids"], stops) == row["response"]
 
 
 @pytest.mark.real
@@ -100,7 +100,7 @@ def test_difference_last_token_is_kept_when_length_stops(real: Tokenizer, cases:
     stops = stop_ids(real, "chatml")
     rows = [row for row in cases["decode_chatml"] if not set(row["generated_ids"]) & set(stops)]
     assert [row["response"] for row in rows] == ["no end"]
-    assert [reply_text(real, row["generated_ids"], stops) for row in rows] == ["no end token"]
+    assert [streamed_reply(real, row["generated_ids"], stops) for row in rows] == ["no end token"]
 
 
 @pytest.mark.real
@@ -251,15 +251,15 @@ def test_difference_prompts_are_cut_by_ids(small: Tokenizer) -> None:
     """
     prompt = chatml_prompt(small, "e\u0301" * 5)
     ids = [*prompt.ids, *small.encode("the reply"), small.im_end_id, *small.encode("more")]
-    assert reply_text(small, ids[len(prompt.ids) :], stop_ids(small, "chatml")) == "the reply"
+    assert streamed_reply(small, ids[len(prompt.ids) :], stop_ids(small, "chatml")) == "the reply"
 
 
-def test_reply_text(small: Tokenizer) -> None:
+def test_reply(small: Tokenizer) -> None:
     """Cut at the first stop id or string, stripped, region tags kept."""
     ids = surface(small, " a <ref>dog</ref> \nHuman: b<|im_start|>c<|endoftext|>d")
-    assert reply_text(small, ids, stop_ids(small, "chatml")) == "a <ref>dog</ref> \nHuman: b"
-    assert reply_text(small, ids, stop_ids(small, "raw"), stop_strings("raw")) == "a <ref>dog</ref>"
-    assert reply_text(small, ids, ()) == small.decode(ids).strip()
+    assert streamed_reply(small, ids, stop_ids(small, "chatml")) == "a <ref>dog</ref> \nHuman: b"
+    assert streamed_reply(small, ids, stop_ids(small, "raw"), stop_strings("raw")) == "a <ref>dog</ref>"
+    assert streamed_reply(small, ids, ()) == small.decode(ids).strip()
     assert stop_strings("chatml") == ()
 
 

@@ -3,10 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import one_line_error
+from support import one_line_error, reply_text
 
 from qwenvl.errors import PromptError
-from qwenvl.text.prompt import reply_text
 from qwenvl.text.stream import ReplyStream
 from qwenvl.text.tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
     Prompt              ids, and the pictures of their image spans
     chatml_prompt       a conversation with a chat checkpoint
     raw_prompt          a query to a base checkpoint
-    stop_ids, stop_strings, reply_text      where a reply ends, and what it says
+    stop_ids, stop_strings      where a reply ends
     training_example    a conversation as ids and labels
 
 Special ids are put in by structure alone: a role, a picture, a region, or the tags of a text that is declared trusted.
@@ -11,8 +11,7 @@ Special ids are put in by structure alone: a role, a picture, a region, or the t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -156,17 +155,6 @@ def stop_ids(tokenizer: Tokenizer, chat_format: str) -> tuple[int, ...]:
 def stop_strings(chat_format: str) -> tuple[str, ...]:
     """Texts that end a reply in the format `chatml` (none) or `raw`, where a base model may go on with a dialogue."""
     return () if chat_format == "chatml" else ("Human:",)
-
-
-def reply_text(tokenizer: Tokenizer, new_ids: Iterable[int], stops: Iterable[int], strings: Iterable[str] = ()) -> str:
-    """What newly generated ids say before the first of `stops` or `strings`, stripped; region tags are kept.
-
-    Without a stop, as when the length ended generation, every id counts. Takes the new ids alone: a prompt is cut off
-    by counting ids, as its text may decode to other characters than were written.
-    """
-    stops = frozenset(stops)
-    text = tokenizer.decode(itertools.takewhile(lambda i: i not in stops, new_ids))
-    return text[: min((at for at in map(text.find, strings) if at >= 0), default=None)].strip()
 
 
 # Training

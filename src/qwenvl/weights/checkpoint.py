@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -223,14 +223,16 @@ def load_into(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    columns_first: Collection[str] = (),
     quiet: bool = False,
 ) -> None:
     """Give every parameter and buffer of `module` (built on the meta device) its tensor from `checkpoint`.
 
     Floating tensors become `dtype` and move to `device` one by one; int4 scales keep the dtype in which they are
-    stored and packed words stay int32. On the CPU, tensors that need no cast stay views of the mapped file. Progress
-    is shown in bytes on a terminal, unless `quiet`. Raises CheckpointError, before anything is read, if the
-    module's names or shapes are not the checkpoint's.
+    stored and packed words stay int32. On the CPU, tensors that need no cast stay views of the mapped file. The weights
+    named in `columns_first` are laid out by columns (see `adapt/layout.py`). Progress is shown in bytes on a terminal,
+    unless `quiet`. Raises CheckpointError, before anything is read, if the module's names or shapes are not the
+    checkpoint's.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {entry.ours: entry.our_shape for entry in checkpoint.entries}
@@ -252,11 +254,20 @@ def load_into(
         for entry, stored in checkpoint.stream():
             if entry.ours.endswith(".g_idx"):
                 _check_groups(entry, stored, checkpoint.config)
-            tensor = stored.to(device=device, dtype=dtype if entry.kind == "float" else None).contiguous()
+            wanted = dtype if entry.kind == "float" else stored.dtype
+            if entry.ours in columns_first:
+                tensor = by_columns(stored, wanted)
+            else:
+                tensor = stored.to(device=device, dtype=wanted).contiguous()
             owner, _, leaf = entry.ours.rpartition(".")
             # Through the owner alone: loading through the whole module would walk all of it for each tensor.
             module.get_submodule(owner).load_state_dict({leaf: tensor}, strict=False, assign=True)
             bar.update(checkpoint.at(entry).bytes)
+
+
+def by_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a weight [out,in] whose columns are contiguous, made in one step, without a second copy on the way."""
+    return torch.empty(weight.shape[::-1], dtype=dtype, device="cpu").copy_(weight.T).T
 
 
 def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
