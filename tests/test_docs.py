@@ -139,3 +139,9 @@ def test_chinese_readme_says_the_same() -> None:
     assert code(read(english)) == code(read(chinese))
     assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
     assert numbers(english) == numbers(chinese)
+
+
+@documents
+def test_nothing_is_left_to_fill_in(document: str) -> None:
+    """No placeholder for a number stays in a document."""
+    assert "FILL" not in read(document)

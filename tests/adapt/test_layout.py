@@ -15,8 +15,8 @@ WIDENING = ("attn.c_attn", "mlp.w1", "mlp.w2")
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_a_loaded_model_reads_its_widening_weights_by_columns(tmp_path: Path, stored: torch.dtype) -> None:
-    """In float32 on the CPU the decoder's weights with more outputs than inputs lie by columns, with the stored values."""
-    model = random_model(small_config()).to(stored)
+    """In float32 on the CPU the decoder's weights with more outputs than inputs lie by columns; values are kept."""
+    model = random_model(small_config(intermediate_size=704, vocab_size=320)).to(stored)
     folder = write_checkpoint(tmp_path / "plain", model, None, None)
     loaded = qwenvl.load(folder, device="cpu", dtype="float32", quiet=True).model
     by_column = {n for n, p in loaded.named_parameters() if p.dim() == 2 and p.stride() == (1, p.shape[0])}

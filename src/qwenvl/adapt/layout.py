@@ -3,10 +3,9 @@
 columns_first   the weights that a CPU reads faster column by column; the loader lays them out so
 
 One token against a weight [out,in] reads all of it once, so a step takes as long as memory needs. As PyTorch lays
-weights out, with `in` contiguous, each output is a short dot product; with `out` contiguous, one long row is added per input.
-For weights with more outputs than inputs the latter was the faster in float32 on the processor of
-bench/results/compare_eager.jsonl, by 8 to 28 % for one token, and no slower for 512. Names, shapes and what is saved
-stay as they are.
+weights out, with `in` contiguous, each output is a short dot product; with `out` contiguous, one long row is added per
+input, and for weights with more outputs than inputs that is the faster in float32, and no slower for a whole prompt
+(bench/compare_eager.py times both with all else around them). Names, shapes and what is saved stay as they are.
 """
 
 from __future__ import annotations
