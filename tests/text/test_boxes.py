@@ -61,6 +61,7 @@ def test_labels_and_boxes_are_the_references(cases: dict[str, Any]) -> None:
         ("<ref>dog<box>(1,2),(3,4)</box>", [("dog", DOG)]),
         ("<ref>a<ref>dog</ref><box>(1,2),(3,4)</box>", [("dog", DOG)]),
         ("<box>( 1.0 , 2. ), (3 ,4.00)</box>", [(None, DOG)]),
+        ("<box>（１，２），（3,4）</box>", [(None, DOG)]),
         ("<box>(3,4),(1,2)</box><box>(7,6),(5,8)</box>", [(None, DOG), (None, CAT)]),
         ("<box>(-5,2.5),(1001,99999999999999999999)</box>", [(None, ((0.0, 2.5), (1000.0, 1000.0)))]),
         ("<box>(1,2),(3,4)", [(None, DOG)]),

@@ -26,6 +26,7 @@ SCALE = 1000  # coordinates are thousandths of the picture's width and height
 _TAG = re.compile(f"({'|'.join(REGION_TAGS)})")
 _NUMBER = r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))"
 _POINT = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)")
+_HALF_WIDTH = {ord(c) + 0xFEE0: c for c in "(),.+-0123456789"}  # as Chinese texts may write them
 _COORDINATES = re.compile(r"(?:\s*[0-9(),.+-])*")
 
 
@@ -62,10 +63,10 @@ class Region:
 
 
 def _points(text: str) -> list[tuple[float, float]]:
-    """Every whole `(x,y)` in a text, moved onto the scale where it is off it."""
+    """Every whole `(x,y)` in a text, moved onto the scale where it is off it; full-width forms count as their own."""
     return [
         (min(max(0.0, float(x)), SCALE), min(max(0.0, float(y)), SCALE))  # in this order -0.0 becomes 0.0
-        for x, y in _POINT.findall(text)
+        for x, y in _POINT.findall(text.translate(_HALF_WIDTH))
     ]
 
 
