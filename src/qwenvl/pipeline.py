@@ -210,7 +210,7 @@ class Pipeline:
         stop_ids: Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         image_features: Tensor | None = None,
-        beams: BeamOptions | None = None,
+        beams: BeamOptions | int | None = None,
         return_log_probabilities: bool = False,
         **options: Any,
     ) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
@@ -222,7 +222,8 @@ class Pipeline:
             max_new_tokens: default, what generation_config.json says.
             stop_ids: ids that end a row; None means the configured ones, () means never.
             stop: texts that end a row.
-            beams: search with beams instead; row b's best texts then stand at b x num_return_sequences and after.
+            beams: search with so many beams, or as `BeamOptions` say; row b's best texts then stand at
+                b x num_return_sequences and after.
             return_log_probabilities: also return the model's own log-probability of every new id (not with beams).
             options: any other field of `SamplingOptions`. Greedy unless `do_sample=True`, whatever the checkpoint says.
 
@@ -239,7 +240,7 @@ class Pipeline:
             image_features=image_features,
             stop_ids=self._stop_ids() if stop_ids is None else tuple(stop_ids),
             stop=stop,
-            beams=beams,
+            beams=BeamOptions(beams) if isinstance(beams, int) else beams,
             with_log_probabilities=return_log_probabilities,
         )
         return (ids, likely) if return_log_probabilities else ids

@@ -410,6 +410,7 @@ def test_a_wide_beam_finds_the_best_text(vl: Pipeline) -> None:
         pairs |= {(a, b): (first[a] + second[b]).item() for b in range(64)}
     best = max(pairs, key=pairs.__getitem__)
     found = vl.generate_ids(prompt[None], beams=BeamOptions(64), stop_ids=(), max_new_tokens=2)
+    assert vl.generate_ids(prompt[None], beams=64, stop_ids=(), max_new_tokens=2) == found
     assert found == [list(best)]
 
 
