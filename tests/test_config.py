@@ -256,3 +256,11 @@ def test_wrong_generation_values(name: str, value: object) -> None:
     """Each is refused with key and value, where it is read and not where it is used."""
     with one_line_error(ConfigError, "generation_config.json", name):
         GenerationConfig.from_dict({name: value})
+
+
+@pytest.mark.parametrize("where", ["decoder", "vision"])
+def test_layers_without_end(tiny: dict[str, Any], where: str) -> None:
+    """A corrupt number of layers once filled the memory with empty modules instead of giving one line."""
+    changed = {"num_hidden_layers": 10**9} if where == "decoder" else {"visual": {**tiny["visual"], "layers": 10**9}}
+    with one_line_error(ConfigError, "layers", 10**9):
+        QwenVLConfig.from_dict({**tiny, **changed})

@@ -290,3 +290,8 @@ def test_real_photographs(reference_dir: Path) -> None:
         assert pixels.shape == (3, 448, 448)
         assert pixels.isfinite().all()
         assert 0.2 < pixels.std() < 3
+
+
+def test_mode_i_of_an_eight_bit_picture() -> None:
+    """Pillow's `convert("I")` keeps 8-bit values, which are greys and not the dark end of 16: it came out black."""
+    assert open_image(Image.new("L", (2, 2), 200).convert("I")).getpixel((0, 0)) == (200, 200, 200)

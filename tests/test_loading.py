@@ -291,3 +291,17 @@ def test_int4_needs_packed_tensors(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**data, "quantization_config": {"bits": 4, "group_size": 32}}))
     with one_line_error(CheckpointError, "qweight"):
         qwenvl.load(folder, dtype="float32", device="cpu", quiet=True)
+
+
+def test_a_container_has_less_memory_than_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype="auto"` once looked at the host alone, and the container's limit then killed the process."""
+    monkeypatch.setattr(loading, "_container_memory", lambda: 1000)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 99999999 kB\n")
+    assert loading._free_memory() == 1000
+
+
+@pytest.mark.parametrize("device", ["meta", "xla"])
+def test_devices_that_cannot_hold_a_model(folder: Path, device: str) -> None:
+    """A kind of device that torch knows and we do not use is one line."""
+    with one_line_error(ConfigError, device):
+        qwenvl.load(folder, device=device, quiet=True)

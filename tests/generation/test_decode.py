@@ -454,3 +454,16 @@ def test_logits_that_are_not_finite_are_one_line() -> None:
         vl.model.decoder.lm_head.weight.fill_(float("nan"))
     with one_line_error(QwenVLError, "row 0", "not finite", "float32"):
         vl.generate_ids(torch.tensor([[5, 6, 7]]))
+
+
+def test_beams_end_row_by_row() -> None:
+    """A short row of a beam batch was once cut off where the longest ran out of positions."""
+    model = random_model(small_config(max_position_embeddings=100))
+    alone = Pipeline(model, None, GenerationConfig(max_new_tokens=20))
+    long, short = (torch.randint(0, 60, (n,), generator=torch.Generator().manual_seed(n)) for n in (97, 30))
+    ids = torch.stack((long, torch.cat((torch.zeros(67, dtype=torch.long), short))))
+    mask = torch.ones_like(ids)
+    mask[1, :67] = 0
+    found = alone.generate_ids(ids, attention_mask=mask, beams=2, stop_ids=())
+    assert [len(row) for row in found] == [3, 20]
+    assert found[1:] == alone.generate_ids(short[None], beams=2, stop_ids=())

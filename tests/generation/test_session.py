@@ -259,3 +259,34 @@ def test_real_spans(tiny_112: Golden) -> None:
         check(model, session, tiny_112.prompt(9, "a.png", 30, "b.png", 7).tolist(), images)
         check(model, session, tiny_112.prompt(9, "a.png", 30, "b.png", 17).tolist(), images)
         check(model, session, tiny_112.prompt(9, "b.png", 30, "a.png", 17).tolist(), images[::-1])
+
+
+def hidden_prompt(seed: int, count: int) -> list[int]:
+    """Ordinary ids."""
+    return torch.randint(0, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_weights_that_changed_are_noticed(model: QwenVL) -> None:
+    """Training, or an edit in place, between two rounds once left the old keys in use, and a wrong reply."""
+    session, ids = Session(), hidden_prompt(0, 30)
+    start(model, session, ids, [], 8)
+    model.decoder.wte.weight.mul_(-1)
+    assert torch.equal(start(model, session, [*ids, 5], [], 8), start(model, Session(), [*ids, 5], [], 8))
+
+
+def test_a_picture_that_fails_leaves_a_usable_session(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while encoding once left signs for tokens that the rewound cache no longer held."""
+    session, ids = Session(), hidden_prompt(0, 30)
+    start(model, session, ids, [], 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode_images", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(model, session, [*ids[:10], *SPAN, 5], [("picture", torch.zeros(3, 28, 28))], 8)
+    again = start(model, session, [*ids, 5], [], 8)
+    torch.testing.assert_close(again, start(model, Session(), [*ids, 5], [], 8), atol=2e-5, rtol=0)
+
+
+def test_too_few_pictures(model: QwenVL) -> None:
+    """A span without its picture is one line; it was a bare StopIteration."""
+    with one_line_error(PromptError, "1 image spans", "0 images"):
+        start(model, Session(), [5, *SPAN, 5], [], 8)

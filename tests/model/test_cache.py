@@ -181,3 +181,59 @@ def test_two_caches_over_one_model(tiny_112: Golden) -> None:
             parts = [model(text[:, at : at + 10], cache=cache) for text, cache in zip(ids, caches, strict=True)]
         for part, text in zip(parts, ids, strict=True):
             torch.testing.assert_close(part, model(text)[:, -10:], atol=TOLERANCE, rtol=0)
+
+
+def test_a_row_of_padding_gets_no_alpha(config: QwenVLConfig, model: QwenVL) -> None:
+    """A row that was only padding at first once kept the alpha of 0 tokens: its long prompt then came out wrong."""
+    cache = KVCache.allocate(config, 2, 200)
+    model(some_ids(2, 20), attention_mask=torch.tensor([[1] * 20, [0] * 20]), cache=cache)
+    assert cache.alphas.tolist() == [1, 0]
+    late = some_ids(2, 180)
+    logits = model(late, attention_mask=torch.tensor([[0] * 180, [1] * 180]), cache=cache)
+    torch.testing.assert_close(logits[1], model(late)[1], atol=TOLERANCE, rtol=0)
+
+
+def test_padding_needs_no_slots(config: QwenVLConfig, model: QwenVL) -> None:
+    """Rows of 50 and 10 tokens in 60 slots take 2 and 40 more: padding once asked for slots of its own."""
+    first, more = some_ids(2, 50), some_ids(2, 40, seed=1)
+    cache = KVCache.allocate(config, 2, 60)
+    model(first, attention_mask=torch.tensor([[1] * 50, [0] * 40 + [1] * 10]), cache=cache)
+    logits = model(more, attention_mask=torch.tensor([[0] * 38 + [1] * 2, [1] * 40]), cache=cache)
+    assert cache.lengths.tolist() == [52, 50]
+    for row, real in ((0, torch.cat((first[0], more[0, 38:]))), (1, torch.cat((first[1, 40:], more[1])))):
+        torch.testing.assert_close(logits[row, -1], model(real[None])[0, -1], atol=TOLERANCE, rtol=0)
+    assert cache.keys[:, 0, :, 52:].abs().max() == cache.keys[:, 1, :, 50:].abs().max() == 0
+
+
+def test_a_cache_from_inference_mode_is_written_elsewhere(config: QwenVLConfig, model: QwenVL) -> None:
+    """Tensors of inference mode cannot be changed outside it; a cache must not be made of them."""
+    with torch.inference_mode():
+        cache = KVCache.allocate(config, 1, 8)
+    model(some_ids(1, 4), cache=cache)
+    assert cache.lengths.tolist() == [4]
+
+
+def test_autocast(config: QwenVLConfig, model: QwenVL) -> None:
+    """Under autocast keys, and features of pictures, have another dtype than what they are written into."""
+    ids = torch.tensor([[5, 60, 62, 62, 62, 62, 61, 6]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    exact = model(ids, pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids, pixels, cache=KVCache.allocate(config, 1, 8))
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
+def test_bookkeeping_stays_on_the_host(config: QwenVLConfig) -> None:
+    """With another default device, Python would wait for it at every step, and float64 is not everywhere."""
+    with torch.device("meta"):
+        cache = KVCache.allocate(config, 1, 8, device="cpu")
+    assert cache.host_lengths.device.type == cache.alphas.device.type == "cpu"
+
+
+def test_a_cache_of_another_model(model: QwenVL) -> None:
+    """One line, not a complaint about sizes from inside an operator; nor one about a cache without room at all."""
+    cache = KVCache.allocate(small_config(num_attention_heads=2, kv_channels=64), 1, 8)
+    with one_line_error(CacheError, "another model"):
+        model(some_ids(1, 4), cache=cache)
+    with one_line_error(CacheError, "-5"):
+        KVCache.allocate(model.config, 1, -5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl.adapt.int4 import quantize_structure
 from qwenvl.config import QuantizationConfig, QwenVLConfig
 from qwenvl.errors import CheckpointError, ConfigError
 from qwenvl.model.qwenvl import QwenVL
@@ -367,3 +368,24 @@ def test_safetensors_before_pickles(tiny: Tensors, tiny_config: QwenVLConfig, wr
     folder = write_reference(tiny, tiny_config)
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     assert Checkpoint(folder).layout == "reference"
+
+
+@pytest.mark.parametrize("odd", ["sparse", "meta"])
+def test_tensors_without_plain_data(
+    tiny: Tensors, tiny_config: QwenVLConfig, write_reference: Writer, odd: str
+) -> None:
+    """Sparse tensors, and tensors without data, once passed the header and failed in the middle of a conversion."""
+    name = "lm_head.weight"
+    strange = tiny[name].float().to_sparse() if odd == "sparse" else tiny[name].to("meta")
+    with pytest.raises(CheckpointError, match="all of them dense"):
+        Checkpoint(write_reference({**tiny, name: strange}, tiny_config, kind="bin"))
+
+
+def test_groups_without_a_scale(int4: Tensors, int4_config: QwenVLConfig, write_reference: Writer) -> None:
+    """A group number beyond the scales stops the load; it once loaded and failed in the first forward."""
+    name = "transformer.h.0.attn.c_attn.g_idx"
+    checkpoint = Checkpoint(write_reference({**int4, name: int4[name] + 7}, int4_config))
+    model = meta_model(int4_config)
+    quantize_structure(model, int4_config)
+    with pytest.raises(CheckpointError, match="names groups outside 0 to"):
+        load_into(model, checkpoint, dtype=torch.float32, device="cpu", quiet=True)
