@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import QuantizationConfig, QwenVLConfig
 from ..errors import ConfigError
@@ -55,7 +56,16 @@ class Int4Linear(nn.Module):
         return dequantize(self.qweight, self.qzeros, scales, self.g_idx).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], in the dtype of `x`."""
+        """[..., in] -> [..., out], in the dtype of `x`.
+
+        Where gradients flow through it (QLoRA), the backward pass unpacks again: autograd would otherwise keep every
+        layer's unpacked weight, and training would take a 16-bit model's memory.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight_in(x.dtype), self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
