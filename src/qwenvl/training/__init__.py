@@ -1,0 +1,1 @@
+"""Training: conversations and pictures in, weights that are better at them out."""
