@@ -1,0 +1,191 @@
+"""Sequences that the small model learns from: pictures with several questions each, so that a picture is paid once.
+
+Stage           which tasks a stage mixes, and how many pictures its curriculum takes
+STAGES          the three of the paper, in miniature
+SceneDataset    index -> Sample, endless and reproducible
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from ...config import QwenVLConfig
+from ...image import preprocess
+from ...text.prompt import IGNORED_LABEL, training_example
+from ...text.tokenizer import IMAGE_TAGS, Tokenizer
+from ..batches import Batch, Sample, collate
+from .tiny_dense import dense_targets
+from .tiny_questions import SKILLS, Exchange, compare, dialogue, raw_form
+from .tiny_scenes import Scene, Split, draw, scene
+from .tiny_words import LANGUAGES, Language
+
+CLOSING = ("caption", "description")  # they tell everything, so nothing is asked after them
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains on.
+
+    skills       how often each skill is asked for, as weights
+    raw          share of sequences in the base form; the others are ChatML
+    dialogues    share of ChatML sequences that are rounds about one thing
+    pairs        share of sequences that compare two pictures
+    ramp         pictures over which the most shapes grow from one to five; 0: five from the beginning
+    budget       tokens of a sequence, about
+    words        share of pictures with a printed word
+    """
+
+    name: str
+    skills: Mapping[str, float]
+    raw: float
+    dialogues: float = 0.0
+    pairs: float = 0.0
+    ramp: int = 0
+    budget: int = 224  # tokens of a sequence
+    words: float = 0.35
+
+
+CAPTIONS = Stage("captions", {"caption": 1.0, "box": 4.0}, raw=1.0, ramp=24_000, budget=200)
+TASKS = Stage(
+    "tasks",
+    {
+        "caption": 0.6,
+        "description": 0.4,
+        "box": 3.5,
+        "inside": 1.0,
+        "count": 1.5,
+        "colour": 0.8,
+        "shape": 0.8,
+        "exists": 1.2,
+        "relation": 1.5,
+        "text": 4.0,
+    },
+    raw=0.4,
+    dialogues=0.1,
+    pairs=0.06,
+    words=0.45,
+)
+CHAT = Stage("chat", TASKS.skills, raw=0.2, dialogues=0.3, pairs=0.08, words=0.45)
+STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
+
+
+@dataclass(frozen=True)
+class SceneSample(Sample):
+    """A sample, and what the cells of its pictures hold: dense [N,Q,7]."""
+
+    dense: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SceneBatch(Batch):
+    """A batch, and what the cells of its pictures hold: dense [N,Q,7]."""
+
+    dense: Tensor = field(repr=False)
+
+    def to(self, device: torch.device) -> SceneBatch:
+        """The same on another device."""
+        moved = super().to(device)
+        assert isinstance(moved, SceneBatch)
+        return replace(moved, dense=self.dense.to(device))
+
+
+def collate_scenes(samples: Sequence[SceneSample]) -> SceneBatch:
+    """Samples as a batch."""
+    batch = collate(samples)
+    parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
+    return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]))
+
+
+class SceneDataset:
+    """Sequence `index` of a stage: a pure function of the index, the stage and the split."""
+
+    in_order = True  # the curriculum is one
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: QwenVLConfig, stage: Stage, split: Split, count: int, first: int = 0
+    ) -> None:
+        self.tokenizer, self.config, self.stage, self.split = tokenizer, config, stage, split
+        self.count, self.first = count, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> SceneSample:
+        """The sample; `first + 2 * index` and the next are its seeds within the split."""
+        stage = self.stage
+        seeds = [self.split.seed(self.first + 2 * index + k) for k in range(2)]
+        most = min(5, 1 + 5 * index // stage.ramp) if stage.ramp else 5
+        scenes = [scene(s, most=most, words=stage.words) for s in seeds]
+        rng = random.Random(f"{stage.name} {seeds[0]}")
+        language = rng.choice(LANGUAGES)
+        if rng.random() < stage.pairs:
+            exchange = compare(rng, scenes[0], scenes[1], language)
+            ids, labels = self._chat([exchange], pictures=2)
+        else:
+            scenes = scenes[:1]
+            if rng.random() < stage.raw:
+                ids, labels = self._raw(rng, scenes[0], language)
+            elif rng.random() < stage.dialogues and (rounds := dialogue(rng, scenes[0], language)):
+                ids, labels = self._chat(rounds)
+            else:
+                ids, labels = self._chat(self._exchanges(rng, scenes[0], language))
+        visual = self.config.visual
+        pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
+        dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
+        return SceneSample(ids, labels, pixels, f"{self.split.name.lower()} seed {seeds[0]}", dense)
+
+    def _exchanges(self, rng: random.Random, scene: Scene, language: Language) -> list[Exchange]:
+        """Questions about a scene, none asked twice, until there would be too many for a sequence's budget."""
+        room = self.stage.budget - self.config.visual.n_queries - 12
+        asked: list[Exchange] = []
+        seen: set[object] = set()
+        for _ in range(24):
+            skill = rng.choices(list(self.stage.skills), list(self.stage.skills.values()))[0]
+            exchange = SKILLS[skill](rng, scene, language)
+            if exchange is None or exchange.question in seen or (exchange.answer in seen and exchange.targets):
+                continue
+            if seen & set(exchange.targets):
+                continue
+            room -= self._length(exchange)
+            if room < 0 and asked:
+                break
+            asked.append(exchange)
+            seen |= {exchange.question, exchange.answer, *exchange.targets}
+            if exchange.skill in CLOSING:
+                break
+        return asked
+
+    def _length(self, exchange: Exchange) -> int:
+        return len(self.tokenizer.encode_tagged(exchange.question + exchange.answer, IMAGE_TAGS)) + 9
+
+    def _chat(self, exchanges: list[Exchange], pictures: int = 1) -> tuple[list[int], list[int]]:
+        """ChatML, as `Pipeline.chat` asks."""
+        shown = "".join(f"Picture {k}:<img>{k}</img>\n" for k in range(1, pictures + 1))
+        messages = []
+        for exchange in exchanges:
+            messages.append({"from": "user", "value": shown + exchange.question})
+            messages.append({"from": "assistant", "value": exchange.answer})
+            shown = ""
+        n_queries = self.config.visual.n_queries
+        example = training_example(self.tokenizer, messages, self.config.seq_length, n_queries=n_queries)
+        return example.ids, example.labels
+
+    def _raw(self, rng: random.Random, scene: Scene, language: Language) -> tuple[list[int], list[int]]:
+        """The picture, then prompts of the base form, each with its answer and an end."""
+        tokenizer = self.tokenizer
+        ids = [
+            tokenizer.image_start_id,
+            *[tokenizer.image_pad_id] * self.config.visual.n_queries,
+            tokenizer.image_end_id,
+        ]
+        labels = [IGNORED_LABEL] * len(ids)
+        for exchange in self._exchanges(rng, scene, language):
+            asked, answer = (tokenizer.encode_tagged(text, IMAGE_TAGS) for text in raw_form(exchange))
+            ids += [*asked, *answer, tokenizer.eos_id]
+            labels += [*[IGNORED_LABEL] * len(asked), *answer, tokenizer.eos_id]
+        return ids, labels
