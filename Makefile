@@ -1,5 +1,5 @@
 # The door to everything: `make help` lists the targets.
-# Variables: PYTHON (which Python makes the environment), VENV (where it lies), OUT (where `make demo` writes).
+# Variables: PYTHON (which Python makes the environment), VENV (where it lies), OUT (where `make demo` writes), MINUTES.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-all check format bench tiny clean
+.PHONY: help setup demo chat test test-all check format bench tiny train-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ tiny: $(READY) ## make weights/tiny anew
 	rm -rf build/tiny
 	$(RUN) tools/make_tiny.py build/tiny
 	cp build/tiny/* weights/tiny/
+
+train-tiny: $(READY) ## train the small model, or go on with it, in build/train-tiny (MINUTES=8 stops after as many)
+	$(RUN) -m qwenvl.training.recipes.tiny --out build/train-tiny $(if $(MINUTES),--max-minutes $(MINUTES))
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist $(OUT)

@@ -24,7 +24,8 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, shared: qwenvl.Pipeline) -> Non
     load = loading.load
 
     def load_or_share(name: Any, device: Any, dtype: Any, **options: Any) -> qwenvl.Pipeline:
-        return shared if (name, device, dtype) == ("tiny", "auto", "auto") else load(name, device, dtype, **options)
+        plain = (name, device, dtype) == ("tiny", "auto", "auto") and options.get("adapter") is None
+        return shared if plain else load(name, device, dtype, **options)
 
     monkeypatch.setattr(loading, "load", load_or_share)
 

@@ -16,7 +16,7 @@ from commands import ENVIRONMENT, outside
 
 from qwenvl.text.parts import Turn
 
-COMMANDS = ("chat", "generate", "ground", "info", "convert", "demo")
+COMMANDS = ("chat", "generate", "ground", "info", "convert", "train", "demo")
 SHORT = ("--max-new-tokens", "4")
 pytest_plugins = ("command_fixtures",)
 

@@ -17,7 +17,14 @@ import qwenvl
 from qwenvl.cli import _parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "README.zh.md", "docs/model.md", "docs/tutorial.md", "weights/tiny/README.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh.md",
+    "docs/model.md",
+    "docs/tutorial.md",
+    "docs/training.md",
+    "weights/tiny/README.md",
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)")
 HUB_ID = re.compile(r"\b[Qq]wen/Qwen-VL")
@@ -47,7 +54,7 @@ def headings(document: str) -> list[tuple[int, str]]:
     return [(len(marks), re.sub(r"[^\w\- ]", "", text).lower().replace(" ", "-")) for marks, text in found]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/model.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md"])
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader can paste the blocks one after the other; each line `# -> text` is what the block above it prints."""
     monkeypatch.chdir(tmp_path)
@@ -61,7 +68,7 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert promised == [line for line in output.getvalue().splitlines() if line in promised]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "weights/tiny/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/training.md", "weights/tiny/README.md"])
 def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command does what it did when it was written: ours run here, those that build or download are looked up."""
     monkeypatch.chdir(tmp_path)

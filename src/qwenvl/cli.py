@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | train | demo`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import ImageError, PromptError, QwenVLError, printable, told
+from .training import command as training
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,8 +48,10 @@ EXAMPLES = {
     "convert": """examples:
   qwenvl convert Qwen/Qwen-VL-Chat qwen-vl-chat
   qwenvl convert qwen-vl-chat back-again --to reference
+  qwenvl convert Qwen/Qwen-VL-Chat mine --adapter run/adapter      # what `qwenvl train` learned, folded in
 
 The destination is written as DESTINATION.partial and renamed when it is whole. If the run is stopped, run it again.""",
+    "train": training.EPILOG,
     "demo": """example:
   qwenvl demo --out demo-out""",
 }
@@ -138,9 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", help="the folder to write; must not hold anything else")
     convert.add_argument("--to", choices=("qwenvl", "reference"), help="layout to write (default: the other one)")
     convert.add_argument("--max-shard-bytes", type=int, help="size of a shard (default: 2 GB)")
+    convert.add_argument(
+        "--adapter", metavar="FOLDER", help="fold this LoRA adapter in; --to is then our layout unless it is given"
+    )
+
+    train = command("train", training.run, "Fine-tune on conversations about pictures: all weights, LoRA or QLoRA.")
+    training.add_arguments(train)
 
     demo = command("demo", _demo, "Run the whole path on a picture that is drawn here.", _model)
     demo.add_argument("--out", default="demo-out", help="folder for the pictures (default: %(default)s)")
+    demo.add_argument("--seed", type=int, help="of the picture that is drawn (default: a fresh one)")
     return parser
 
 
@@ -148,6 +158,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="hub id, folder or tiny (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: %(default)s)")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, as `qwenvl train` writes it")
     _source(parser)
 
 
@@ -188,7 +199,13 @@ def _load(given: argparse.Namespace) -> Pipeline:
     from .loading import load
 
     pipeline = load(
-        given.model, given.device, given.dtype, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet
+        given.model,
+        given.device,
+        given.dtype,
+        revision=given.revision,
+        cache_dir=given.cache_dir,
+        adapter=given.adapter,
+        quiet=given.quiet,
     )
     if pipeline.config.note and not given.quiet:
         print(printable(f"{given.model}: {pipeline.config.note}"), file=sys.stderr)
@@ -306,14 +323,20 @@ def _convert(given: argparse.Namespace) -> None:
 
     source = resolve(given.source, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet)
     size = {} if given.max_shard_bytes is None else {"max_shard_bytes": given.max_shard_bytes}
-    written = convert(source, given.destination, to=given.to, **size, quiet=given.quiet)
+    if given.adapter is None:
+        written = convert(source, given.destination, to=given.to, **size, quiet=given.quiet)
+    else:
+        from .training.results import merge_adapter
+
+        layout = {} if given.to is None else {"to": given.to}
+        written = merge_adapter(source, given.adapter, given.destination, **layout, **size, quiet=given.quiet)
     print(f"wrote {given.destination}" if written else f"{given.destination} already is this conversion, whole")
 
 
 def _demo(given: argparse.Namespace) -> None:
     from .demo import demonstrate
 
-    demonstrate(_load(given), given.out)
+    demonstrate(_load(given), given.out, given.seed)
 
 
 if __name__ == "__main__":

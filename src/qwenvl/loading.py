@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .adapt.adapters import load_adapter
 from .adapt.int4 import quantize_structure
 from .adapt.layout import columns_first
 from .config import GenerationConfig
@@ -34,6 +35,7 @@ def load(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     quiet: bool = False,
 ) -> Pipeline:
     """Load a checkpoint, ready to be asked.
@@ -45,11 +47,15 @@ def load(
         dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
             no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
         revision, cache_dir: of the hub download.
+        adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
+            model is as fast as without; beside weights in 4 bits, which cannot take it in, it stays by itself.
         quiet: no progress bars and no remarks.
 
     The model is built on the meta device and its tensors are put in one by one, so memory never holds them twice.
     Raises CheckpointError or ConfigError.
     """
+    if adapter is not None and not Path(adapter).is_dir():
+        raise ConfigError(f"there is no folder {adapter} with an adapter")
     folder = resolve(name, revision=revision, cache_dir=cache_dir, quiet=quiet)
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
@@ -69,6 +75,8 @@ def load(
             quantize_structure(model, config)
     laid_out = columns_first(model, dtype, device)
     load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
+    if adapter is not None:
+        load_adapter(model, adapter, merge=config.quantization_config is None)
     font = folder / FONT_FILE
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
