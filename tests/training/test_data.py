@@ -110,6 +110,9 @@ BAD = {
     "no picture": (talk("<img>gone.png</img>what"), "there is no picture"),
     "a folder": (talk("<img>.</img>what"), "there is no picture"),
     "a URL": (talk("<img>https://example.org/a.png</img>what"), "download"),
+    "an open picture": (talk("<img>a.png what"), "a picture is written"),
+    "a nameless picture": (talk("<img></img>what"), "a picture is written"),
+    "a stray end": (talk("a.png</img>what"), "a picture is written"),
     "cut picture": (talk("<img>a.png</img>" * 5), "ends within a picture"),
     "cut reply": (talk("what " * 60), "nothing can be learned"),
 }

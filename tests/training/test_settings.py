@@ -64,6 +64,18 @@ def test_bad_files(content: str | bytes, says: tuple[str, ...], tmp_path: Path) 
         read_toml(path)
 
 
+def test_byte_order_mark(tmp_path: Path) -> None:
+    """Editors on Windows begin a file with a mark, which was an invalid statement on line 1."""
+    path = tmp_path / "train.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b"steps = 3\n")
+    assert read_toml(path) == {"steps": 3}
+
+
+def test_on_error_may_change() -> None:
+    """A run that a broken picture ended goes on with `--on-error skip`, as the error advises; it used to be refused."""
+    assert TrainSettings(on_error="skip").differences(TrainSettings()) == []
+
+
 def test_missing_file(tmp_path: Path) -> None:
     """A file that is not there is one line."""
     with one_line_error(ConfigError, "cannot read", tmp_path / "no.toml"):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..config import QwenVLConfig
 from ..errors import ConfigError, ImageError, PromptError
 from ..image import URL_SCHEME, ImagePolicy, preprocess
-from ..text.parts import shown
+from ..text.parts import parse_tagged, shown
 from ..text.prompt import IGNORED_LABEL, TrainingExample, training_example
 from ..text.tokenizer import Tokenizer
 from .batches import Sample
@@ -149,6 +149,10 @@ class ConversationDataset:
             example = self._example(conversations)
         except PromptError as error:
             raise _BadRecord(str(error)) from None
+        for message in conversations:
+            pictures = sum("image" in part for part in parse_tagged(message["value"]))
+            if {message["value"].count("<img>"), message["value"].count("</img>")} != {pictures}:
+                raise _BadRecord(f"a picture is written <img>path</img>, not as in {shown(message['value'])}")
         if example.cut_image:
             raise _BadRecord(f"max_length {self.max_length} ends within a picture: allow more tokens")
         if not self._has_reply(example):

@@ -47,7 +47,7 @@ class TrainSettings:
     data: str | None = _setting(None, "conversations to learn: a JSON list or JSON lines")
     evaluation_data: str | None = _setting(None, "conversations whose loss is logged on the way", free=True)
     image_root: str | None = _setting(None, "what pictures' paths are relative to; not set: the data file's folder")
-    on_error: Literal["fatal", "skip"] = _setting("fatal", "what a bad record or picture does")
+    on_error: Literal["fatal", "skip"] = _setting("fatal", "what a bad record or picture does", free=True)
     max_length: int = _setting(2048, "tokens after which a conversation is cut")
     output: str | None = _setting(None, "folder for the log, checkpoints and the result", free=True)
 
@@ -183,7 +183,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         except ImportError:
             raise ConfigError(f"to read {path}, Python 3.10 needs tomli: pip install 'qwenvl[train]'") from None
     try:
-        given: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        given: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8 either
