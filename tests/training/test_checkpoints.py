@@ -176,6 +176,36 @@ def test_a_damaged_checkpoint(damaged: str, own: Path) -> None:
         train(own)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_a_run_file_that_tells_nothing(text: str, own: Path) -> None:
+    """Valid JSON that is no account of a run is damage too, not a KeyError."""
+    (own / "checkpoints" / "step-00000001" / "run.json").write_text(text)
+    with one_line_error(CheckpointError, "step-00000001 cannot be read", "course"):
+        train(own)
+
+
+def test_missing_random_generators(own: Path) -> None:
+    """Without its generators a run would go on as another one, and nobody would know."""
+    (own / "checkpoints" / "step-00000001" / "random-0.json").unlink()
+    with one_line_error(CheckpointError, "step-00000001 cannot be read", "random-0.json"):
+        train(own)
+
+
+def test_a_file_where_a_half_written_checkpoint_would_be(own: Path) -> None:
+    """It is swept as a folder is."""
+    (own / "checkpoints" / "step-00000007.partial").write_text("")
+    assert train(own, max_minutes=1e-9)[1].steps == 2
+    assert not list((own / "checkpoints").glob("*.partial"))
+
+
+def test_a_damaged_line_in_the_log(own: Path, uninterrupted: Path) -> None:
+    """A crash of the machine leaves zeros and halves of lines: they go, and the run goes on."""
+    with (own / "log.jsonl").open("ab") as file:
+        file.write(b'\0\0\n{"step": 1, "lo\n[]\n\xff\n')
+    train(own)
+    assert log_lines(own) == log_lines(uninterrupted)
+
+
 def test_a_full_disk(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be written is said in one line, and the checkpoint before it stays the one to go on from."""
 

@@ -273,6 +273,51 @@ def test_numbers_that_are_not_finite(where: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("error", [TrainingError("broken"), None])
+def test_an_error_loses_no_updates(error: TrainingError | None, tmp_path: Path) -> None:
+    """A picture is broken or a loss is no number in update 3: two are kept, and the run goes on to the bit."""
+    calls = iter(range(100))
+
+    def failing(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, count = noisy_loss(model, batch)
+        if next(calls) != 2:
+            return loss, count
+        if error:
+            raise error
+        return loss * float("nan"), count
+
+    with pytest.raises(TrainingError):
+        run(tmp_path / "failed", objective=failing)
+    assert [path.name for path in (tmp_path / "failed" / "checkpoints").iterdir()] == ["step-00000002"]
+    model, _ = run(tmp_path / "failed", objective=noisy_loss)
+    assert same_weights(model, run(tmp_path / "whole", objective=noisy_loss)[0])
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, whatever is in the way; what was trained before the log failed is in a checkpoint."""
+    (tmp_path / "one" / "log.jsonl").mkdir(parents=True)
+    with one_line_error(TrainingError, "the log cannot be written"):
+        run(tmp_path / "one")
+    (tmp_path / "file").write_text("")
+    with one_line_error(TrainingError, "cannot be made"):
+        run(tmp_path / "file")
+    if Path("/dev/full").exists():
+        opened = Path.open
+        full = Path("/dev/full")
+        monkeypatch.setattr(Path, "open", lambda p, *a, **k: opened(full if p.name == "log.jsonl" else p, *a, **k))
+        with one_line_error(TrainingError, "the log cannot be written", "No space left"):
+            run(tmp_path / "two")
+        assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_evaluation_without_numbers(tmp_path: Path) -> None:
+    """NaN is null in the log, as JSON has no NaN; an empty set of samples is a mistake, not none."""
+    run(tmp_path / "nan", steps=1, evaluate=lambda model: {"accuracy": float("nan")})
+    assert log_lines(tmp_path / "nan")[-1]["evaluation"] == {"accuracy": None}
+    with one_line_error(ConfigError, "evaluation_dataset is empty"):
+        fit(small_model(), samples(), options(), tmp_path / "empty", evaluation_dataset=[])
+
+
 def stop_after(updates: int) -> Any:
     """An objective that asks to stop in its n-th call."""
     calls = iter(range(1, updates + 1))
@@ -378,7 +423,6 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
     return both / (sum((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)) - both)
 
 
-@pytest.mark.slow
 def test_it_learns_to_see(tmp_path: Path) -> None:
     """From a file of conversations to boxes: four pictures, all with the same two questions, are told apart.
 

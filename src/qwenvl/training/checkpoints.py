@@ -110,8 +110,9 @@ class Checkpoints:
         architecture, another run or damaged.
         """
         if self.devices.first:
-            for leftover in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
+            with _explained(f"{self.folder} cannot be swept of what a killed run left"):
+                for leftover in self.folder.glob(f"*{PARTIAL}"):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.devices.wait()
         found = self._all()
         if not found:
@@ -120,13 +121,15 @@ class Checkpoints:
         advice = "remove it to go on from the one before, or begin anew"
         with _explained(f"{newest} cannot be read; {advice}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            facts = read_json(newest / RUN_FILE)
+            facts = _facts(newest / RUN_FILE)
+            known = self.devices.rank < facts["ranks"]
+            generators = read_json(newest / _random_file(self.devices.rank)) if known else {}
             self._check_course(newest, facts["course"])
             state, slots = self._parameters(), self._empty_optimizer_state(newest)
             load(state | slots, checkpoint_id=str(newest))
         self._fill_optimizer(slots)
-        if (own := newest / _random_file(self.devices.rank)).exists():
-            randomness.set_state(read_json(own))
+        if known:
+            randomness.set_state(generators)
         else:  # more ranks than before
             randomness.seed(self.course["seed"], self.devices.rank, facts["step"])
         return Progress(facts["step"], facts["since_log"])
@@ -181,6 +184,16 @@ class Checkpoints:
         if differing:
             was = ", ".join(f"{name} was {stored.get(name)!r} and is {now[name]!r}" for name in differing)
             raise CheckpointError(f"{folder} cannot be gone on from, as {was}: set it back, or {advice}")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run. Raises ConfigError if something is missing."""
+    facts = read_json(path)
+    kinds = {"step": int, "since_log": dict, "ranks": int, "course": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(facts, dict) or type(facts.get(name)) is not kind]
+    if wrong:
+        raise ConfigError(f"{path} does not tell {', '.join(wrong)}")
+    return dict(facts)
 
 
 def _random_file(rank: int) -> str:

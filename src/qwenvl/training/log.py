@@ -6,8 +6,10 @@ TrainingLog    all three
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,6 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..files import whole_file
+from .errors import TrainingError
 
 LOG_FILE = "log.jsonl"
 BOARD_FOLDER = "tensorboard"
@@ -24,7 +27,7 @@ class TrainingLog:
     """The log of a run in `folder` that goes on after update `step` of `steps`.
 
     Lines that a killed run wrote after its last checkpoint are cut off: their updates will be made again. `active` is
-    false on all ranks but one, which then write and show nothing.
+    false on all ranks but one, which then write and show nothing. Raises TrainingError where it cannot be written.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, *, active: bool, quiet: bool) -> None:
@@ -37,9 +40,10 @@ class TrainingLog:
         )
         if active:
             path = folder / LOG_FILE
-            _cut(path, step)
-            self._file = path.open("a", encoding="utf-8")
-            self._board = _board(folder, step)
+            with _explained():
+                _cut(path, step)
+                self._file = path.open("a", encoding="utf-8")
+                self._board = _board(folder, step)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -50,7 +54,9 @@ class TrainingLog:
         self._bar.close()
         for sink in (self._file, self._board):
             if sink is not None:
-                sink.close()
+                # What could not be written fails again here, and must not hide what ended the run.
+                with _explained() if kind is None else suppress(OSError):
+                    sink.close()
 
     def step(self, loss: float, tokens: int) -> None:
         """One update is done."""
@@ -69,10 +75,11 @@ class TrainingLog:
         self.write(step, **facts, **rates, seconds=round(now - self._begun, 3))
 
     def write(self, step: int, **facts: Any) -> None:  # noqa: ANN401 - numbers, or names with numbers
-        """A line, on the disk when this returns."""
+        """A line, on the disk when this returns; a number that is not finite, which JSON lacks, is null."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **facts}) + "\n")
-            self._file.flush()
+            with _explained():
+                self._file.write(json.dumps(_finite({"step": step, **facts}), allow_nan=False) + "\n")
+                self._file.flush()
         if self._board is not None:
             for name, value in facts.items():
                 for key, number in value.items() if isinstance(value, Mapping) else [("", value)]:
@@ -80,14 +87,36 @@ class TrainingLog:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keep the lines up to update `step`; a last line that a kill cut short goes too."""
+    """Keep the lines up to update `step`; what is no line of a log, as a kill or a crash leaves it, goes too."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= step]
     if kept != lines:
         with whole_file(path) as file:
-            file.write("".join(kept).encode())
+            file.write(b"".join(kept))
+
+
+def _step(line: bytes) -> float:
+    """The update that a line is about; infinity if it is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return math.inf
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - numbers, or names with numbers
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"the log cannot be written: {error}") from None
 
 
 def _board(folder: Path, step: int) -> Any:  # noqa: ANN401 - tensorboard may not be installed

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -28,6 +28,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError, ConfigError, QwenVLError
 from ..files import whole_file
 from . import randomness
 from .batches import BatchOrder, collate
@@ -117,6 +118,8 @@ def fit(
     ConfigError for options that fit neither each other nor the number of devices.
     """
     folder = Path(folder)
+    if evaluation_dataset is not None and not len(evaluation_dataset):
+        raise ConfigError("evaluation_dataset is empty: give it samples, or leave it out")
     with (
         StopRequests(options.max_minutes) as requests,
         joined() as devices,
@@ -126,24 +129,28 @@ def fit(
     ):
         run = _Run(model, dataset, options, folder, objective, collate, devices, rates, requests)
         progress = run.checkpoints.resume() or Progress()
+        run.saved = progress.step
         update: Update | None = None
         evaluation: Mapping[str, float] = {}
+        evaluated = evaluate is not None or evaluation_dataset is not None
         with (
             TrainingLog(folder, progress.step, run.steps, active=devices.first, quiet=quiet) as log,
             closing(run.batches(progress.step)) as ahead,
         ):
             while progress.step < run.steps and (update is None or update.stop is None):
-                update = run.update(progress.step, ahead)
+                with run.rescued(progress):
+                    update = run.update(progress.step, ahead)
                 progress.add(update.loss * update.terms, update.terms, update.gradient_norm)
                 log.step(update.loss, update.tokens)
                 last = progress.step == run.steps
-                if last or _due(progress.step, options.log_every):
-                    log.progress(progress.step, **progress.means(), learning_rate=update.learning_rate)
-                if (last or _due(progress.step, options.evaluate_every)) and (evaluate or evaluation_dataset):
-                    evaluation = run.evaluate(evaluate, evaluation_dataset)
-                    log.write(progress.step, evaluation=evaluation)
+                with run.rescued(progress):
+                    if last or _due(progress.step, options.log_every):
+                        log.progress(progress.step, **progress.means(), learning_rate=update.learning_rate)
+                    if evaluated and (last or _due(progress.step, options.evaluate_every)):
+                        evaluation = run.evaluate(evaluate, evaluation_dataset)
+                        log.write(progress.step, evaluation=evaluation)
                 if last or update.stop or _due(progress.step, options.save_every):
-                    run.checkpoints.save(progress)
+                    run.save(progress)
     stopped = update.stop if update is not None and progress.step < run.steps else None
     return FitResult(progress.step, stopped or "finished", update.loss if update is not None else None, evaluation)
 
@@ -169,7 +176,10 @@ class _Run:
         self.steps = options.total_steps(len(dataset))
         self.device = devices.device or next(model.parameters()).device
         self.precision = options.dtype_on(self.device)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"the folder {folder} cannot be made: {error.strerror}") from None
         course = self._course(rates)
         shard(model, devices, self.precision)
         self.optimizer = optimizer_for(model, rates, options)
@@ -177,7 +187,29 @@ class _Run:
         self.checkpoints = Checkpoints(
             folder / CHECKPOINT_FOLDER, devices, model, self.optimizer, frozenset(rates), course, options.keep
         )
+        self.saved = 0  # the step of the last checkpoint
+        self.together = devices.ranks == 1  # whether an error has met all ranks, so that they can save
         randomness.seed(options.seed, devices.rank)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint."""
+        self.checkpoints.save(progress)
+        self.saved = progress.step
+
+    @contextmanager
+    def rescued(self, progress: Progress) -> Iterator[None]:
+        """If the block ends in a user's error, save the updates made before it, as if it had drawn no random number."""
+        before = randomness.state()
+        try:
+            yield
+        except QwenVLError as error:
+            if self.together and progress.step > self.saved:
+                randomness.set_state(before)
+                try:
+                    self.save(progress)
+                except CheckpointError as second:
+                    raise TrainingError(f"{error}; and {second}") from None
+            raise
 
     def _course(self, rates: Mapping[str, float]) -> dict[str, Any]:
         """What makes this run this run and no other."""
@@ -244,16 +276,17 @@ class _Run:
 
     def _fail(self, step: int, loss: float, norm: float, sources: list[str]) -> NoReturn:
         """Say which samples were in the batch, in a file, and stop. The weights are those of before."""
+        self.together = True
         self.optimizer.zero_grad()
         everyones = [source for own in self.devices.gathered(sources) for source in own]
         path = self.folder / FAILED_BATCH_FILE
         if self.devices.first:
             facts = {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm), "sources": everyones}
-            with whole_file(path) as file:
+            with suppress(OSError), whole_file(path) as file:  # a full disk must not hide what happened
                 file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode())
         raise TrainingError(
             f"update {step + 1} has loss {loss:g} and gradient norm {norm:g}, so it was not made: look at the batch's "
-            f"samples, in {path}, or lower the learning rate; checkpoints are as they were"
+            f"samples, in {path}, or lower the learning rate"
         )
 
     def evaluate(self, function: Evaluate | None, dataset: Dataset | None) -> dict[str, float]:
