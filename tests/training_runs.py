@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,12 @@ def killed(folder: Path, kill: str) -> None:
 
 
 def two_ranks(folder: Path) -> None:
-    """Under torchrun: a run of its own in `own`, and one that goes on in `theirs`; the weights of both."""
+    """Under torchrun: a run of its own in `own`, and one that goes on in `theirs`; the weights of both.
+
+    And a run in `half`, in bfloat16.
+    """
     with joined() as devices:
+        fit(small_model(), samples(), half_options(), folder / "half", quiet=True)
         for name in ("own", "theirs"):
             model = small_model()
             result = fit(model, samples(), rank_options(5), folder / name, evaluation_dataset=samples(5, seed=1))
@@ -125,6 +130,11 @@ def two_ranks(folder: Path) -> None:
 def rank_options(steps: int) -> TrainingOptions:
     """Five updates, told one by one, a checkpoint at the third."""
     return options(steps=steps, save_every=3, log_every=1, accumulation=1, activation_checkpointing=True)
+
+
+def half_options() -> TrainingOptions:
+    """As the others, in bfloat16."""
+    return replace(rank_options(5), precision="bfloat16", save_every=0)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +191,31 @@ def test_missing_random_generators(own: Path) -> None:
     (own / "checkpoints" / "step-00000001" / "random-0.json").unlink()
     with one_line_error(CheckpointError, "step-00000001 cannot be read", "random-0.json"):
         train(own)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"python": [3, [], null]}'])
+def test_random_generators_that_cannot_be_read(text: str, own: Path) -> None:
+    """Valid JSON that is no generators' state is damage too, not a KeyError."""
+    (own / "checkpoints" / "step-00000001" / "random-0.json").write_text(text)
+    with one_line_error(CheckpointError, "step-00000001 cannot be read", "random generators"):
+        train(own)
+
+
+class Harmful:
+    """What a stranger may put into a pickle."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Run a command when it is read."""
+        return os.system, ("touch harmed",)
+
+
+def test_a_pickle_with_code_in_it(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `.metadata` of a checkpoint is a pickle, and resuming used to run whatever code it held."""
+    monkeypatch.chdir(tmp_path)
+    (own / "checkpoints" / "step-00000001" / ".metadata").write_bytes(pickle.dumps(Harmful()))
+    with one_line_error(CheckpointError, "step-00000001 cannot be read", "system", "torch does not write"):
+        train(own)
+    assert not (tmp_path / "harmed").exists()
 
 
 def test_a_file_where_a_half_written_checkpoint_would_be(own: Path) -> None:

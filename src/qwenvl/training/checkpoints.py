@@ -2,6 +2,7 @@
 
     Checkpoints   the folder that holds a run's checkpoints
     Progress      where a run stands
+    Reader        torch's reader of their files, without the code that a pickle may hold
 
     checkpoints/step-00000100/
         *.distcp, .metadata   trained parameters and optimizer state (torch.distributed.checkpoint), every rank its part
@@ -9,7 +10,7 @@
         run.json              where the run stands, and what must be the same to go on
 
 One rank reads what many wrote, and many what one wrote. Frozen parameters are not in it; their fingerprint is.
-`.metadata` is a pickle, as torch writes it: go on from runs of your own, not from a folder that a stranger sent.
+`.metadata` is a pickle, as torch writes it; one that names anything but what torch puts there is refused unread.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -42,7 +43,20 @@ from .devices import Devices
 
 PARTIAL = ".partial"  # what a folder's name ends in while it grows, and again before it goes
 RUN_FILE = "run.json"
+METADATA_FILE = ".metadata"  # torch's name for it
 _NAME = re.compile(r"step-\d{8,}")
+# What torch writes into `.metadata`, beside its dtypes: plain records, none of which does anything when it is made.
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),  # where Python 3.13 has them
+}
 
 
 @dataclass
@@ -126,12 +140,12 @@ class Checkpoints:
             generators = read_json(newest / _random_file(self.devices.rank)) if known else {}
             self._check_course(newest, facts["course"])
             state, slots = self._parameters(), self._empty_optimizer_state(newest)
-            load(state | slots, checkpoint_id=str(newest))
+            load(state | slots, storage_reader=Reader(str(newest)))
+            if known:
+                _set_generators(generators, newest / _random_file(self.devices.rank))
+            else:  # more ranks than before
+                randomness.seed(self.course["seed"], self.devices.rank, facts["step"])
         self._fill_optimizer(slots)
-        if known:
-            randomness.set_state(generators)
-        else:  # more ranks than before
-            randomness.seed(self.course["seed"], self.devices.rank, facts["step"])
         return Progress(facts["step"], facts["since_log"])
 
     def _all(self) -> list[Path]:
@@ -155,7 +169,7 @@ class Checkpoints:
 
     def _empty_optimizer_state(self, folder: Path) -> dict[str, Tensor]:
         """Tensors for what the optimizer had stored, spread as the parameters are spread now."""
-        stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        stored = Reader(str(folder)).read_metadata().state_dict_metadata
         trained = self._trained()
         slots: dict[str, Tensor] = {}
         for key, entry in stored.items():
@@ -184,6 +198,31 @@ class Checkpoints:
         if differing:
             was = ", ".join(f"{name} was {stored.get(name)!r} and is {now[name]!r}" for name in differing)
             raise CheckpointError(f"{folder} cannot be gone on from, as {was}: set it back, or {advice}")
+
+
+class Reader(FileSystemReader):
+    """Reads what torch.distributed.checkpoint wrote. A pickle that names other things is an UnpicklingError."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 - as torch declares it
+        """What is stored, under which names."""
+        with (Path(self.path) / METADATA_FILE).open("rb") as file:
+            _Unpickler(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - as pickle declares it
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _RECORDS.get(module, ()):
+            raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}, which torch does not write there")
+        return super().find_class(module, name)
+
+
+def _set_generators(state: Any, path: Path) -> None:  # noqa: ANN401 - parsed JSON
+    try:
+        randomness.set_state(state)
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{path} does not hold the state of the random generators") from None
 
 
 def _facts(path: Path) -> dict[str, Any]:

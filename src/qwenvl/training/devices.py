@@ -89,12 +89,12 @@ def joined() -> Iterator[Devices]:
             dist.destroy_process_group()
 
 
-def shard(model: nn.Module, devices: Devices, precision: torch.dtype) -> None:
+def shard(model: nn.Module, devices: Devices) -> None:
     """Spread parameters, gradients and optimizer state over the ranks, in place: FSDP2, block by block.
 
-    Every rank must have built the same weights; those on the CPU move to the rank's device block by block. Weights stay
-    as they are, are gathered in `precision`, and gradients are added in float32. Raises TrainingError if the ranks'
-    weights differ, or if the model is spread already.
+    Every rank must have built the same weights; those on the CPU move to the rank's device block by block. Weights are
+    gathered as they are, for autocast to compute as on one device, and gradients are added in float32. Raises
+    TrainingError if the ranks' weights differ, or if the model is spread already.
     """
     if devices.ranks == 1:
         return
@@ -106,7 +106,7 @@ def shard(model: nn.Module, devices: Devices, precision: torch.dtype) -> None:
         raise TrainingError("the ranks begin with different weights: seed the generator before the model is made")
     assert devices.device is not None
     mesh = init_device_mesh(devices.device.type, (devices.ranks,))
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -181,7 +181,7 @@ class _Run:
         except OSError as error:
             raise TrainingError(f"the folder {folder} cannot be made: {error.strerror}") from None
         course = self._course(rates)
-        shard(model, devices, self.precision)
+        shard(model, devices)
         self.optimizer = optimizer_for(model, rates, options)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.checkpoints = Checkpoints(
@@ -286,7 +286,7 @@ class _Run:
                 file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode())
         raise TrainingError(
             f"update {step + 1} has loss {loss:g} and gradient norm {norm:g}, so it was not made: look at the batch's "
-            f"samples, in {path}, or lower the learning rate"
+            f"samples, in {path}, or begin anew in another folder with a lower learning rate"
         )
 
     def evaluate(self, function: Evaluate | None, dataset: Dataset | None) -> dict[str, float]:

@@ -30,7 +30,7 @@ LORA = "lora_"  # how LoRA's options begin here
 
 
 def _setting(default: Any, help: str, *, group: str = "", free: bool = False) -> Any:  # noqa: ANN401 - as `field`
-    """A field with its help; a `free` one may differ when a run is gone on with, for it changes no weight."""
+    """A field with its help; a `free` one may differ when a run is gone on with: it says where or how fast."""
     return field(default=default, metadata={"help": help, "group": group, "free": free})
 
 

@@ -1,0 +1,1 @@
+"""Whole trainings from nothing, each by one command."""
