@@ -1,7 +1,8 @@
-"""Files that are whole or not there.
+"""Files that are whole or not there, and folders that one process has to itself.
 
 whole_file     write a file that gets its name last
 flush_folder   put the names in a folder on the disk
+held           whether a lock file is ours alone
 """
 
 from __future__ import annotations
@@ -44,3 +45,23 @@ def flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Whether the lock file `path` is this process's while the block runs; false where another process has it.
+
+    A lock ends with its process, however that ends; the file stays. Where the system has no locks (Windows, some
+    network folders) everybody has it. Raises OSError if the file cannot be made.
+    """
+    with open(path, "ab") as file:
+        ours = True
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            ours = False
+        except (ImportError, OSError):
+            pass
+        yield ours

@@ -25,6 +25,7 @@ import qwenvl
 from qwenvl.errors import CheckpointError
 from qwenvl.training import checkpoints
 from qwenvl.training.checkpoints import Progress
+from qwenvl.training.errors import TrainingError
 
 SOURCE = Path(qwenvl.__file__).parents[1]
 
@@ -216,6 +217,35 @@ def test_a_pickle_with_code_in_it(own: Path, tmp_path: Path, monkeypatch: pytest
     with one_line_error(CheckpointError, "step-00000001 cannot be read", "system", "torch does not write"):
         train(own)
     assert not (tmp_path / "harmed").exists()
+
+
+def test_one_run_in_a_folder(tmp_path: Path) -> None:
+    """A second process in a run's folder, which would sweep its checkpoints away, is refused, and leaves no trace."""
+    tmp_path.joinpath("checkpoints", "step-00000001.partial").mkdir(parents=True)
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from qwenvl.files import held\n"
+    code += "with held(pathlib.Path(sys.argv[2])) as ours: print(ours, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(SOURCE), str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"True\n"
+        with one_line_error(TrainingError, "another run", str(tmp_path)):
+            train(tmp_path)
+        other.kill()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.partial"]
+    train(tmp_path)
+
+
+def test_other_data_of_the_same_size(tmp_path: Path) -> None:
+    """What a dataset says of its content is part of a run; without it, equal counts would pass for the same data."""
+
+    class Known(list[Any]):
+        def __init__(self, fingerprint: str) -> None:
+            super().__init__(training_runs.samples())
+            self.fingerprint = fingerprint
+
+    train(tmp_path, data=Known("one"), steps=1)
+    with one_line_error(CheckpointError, "fingerprint one", "fingerprint two"):
+        train(tmp_path, data=Known("two"), steps=1)
 
 
 def test_a_file_where_a_half_written_checkpoint_would_be(own: Path) -> None:

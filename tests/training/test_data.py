@@ -217,3 +217,16 @@ def test_arguments_that_do_not_fit(folder: Path, tokenizer: Tokenizer, config: Q
     other = QwenVLConfig.from_dict({**config.to_dict(), "visual": {**config.to_dict()["visual"], "image_start_id": 5}})
     with one_line_error(ConfigError, "<img>", "image_start_id"):
         ConversationDataset(path, tokenizer, other)
+
+
+def test_the_fingerprint_is_of_the_content(folder: Path, tokenizer: Tokenizer, config: QwenVLConfig) -> None:
+    """Of texts and pictures, wherever the file stands and however it is laid out, so that a run can tell its data."""
+
+    def fingerprint(name: str, *records: dict[str, Any]) -> str:
+        return ConversationDataset(write(folder / name, list(records)), tokenizer, config, quiet=True).fingerprint
+
+    one, other = talk("<img>a.png</img>What?"), talk("Why?")
+    known = fingerprint("data.json", one, other)
+    assert fingerprint("lines.jsonl", one, other) == known
+    changed = [(other, one), (one,), (one, talk("How?")), (talk("<img>b.png</img>What?"), other)]
+    assert len({known, *(fingerprint("data.json", *records) for records in changed)}) == 5

@@ -10,6 +10,7 @@ all that is wrong is said at once; pictures are only looked for then, and decode
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ class ConversationDataset:
         self._sources: list[str] = []
         self.lengths: list[int] = []
         self._newlines = frozenset(tokenizer.encode("\n"))
+        seen = hashlib.sha256()
         bad = []
         records = tqdm(_records(self.path), desc=f"checking {self.path.name}", unit="record", disable=quiet or None)
         for source, record in records:
@@ -80,6 +82,8 @@ class ConversationDataset:
             self._records.append(record["conversations"])
             self._sources.append(source)
             self.lengths.append(len(example.ids))
+            seen.update(repr((example.ids, example.images)).encode(errors="surrogatepass"))
+        self.fingerprint = seen.hexdigest()[:16]
         self.bad = tuple(bad)
         self._report(quiet)
 

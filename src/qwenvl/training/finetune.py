@@ -32,7 +32,7 @@ from .data import ConversationDataset
 from .devices import Devices, export, joined
 from .errors import TrainingError
 from .log import LOG_FILE
-from .loop import CHECKPOINT_FOLDER, FitResult, Stop, fit
+from .loop import CHECKPOINT_FOLDER, LOCK_FILE, FitResult, Stop, fit
 from .memory import FLOAT, HALF, Memory, Workload, estimate
 from .options import TrainingOptions
 from .parameters import trainable_for_fine_tuning
@@ -90,7 +90,7 @@ def train(settings: TrainSettings, *, quiet: bool = False, dry_run: bool = False
 def _check_output(output: Path, settings: TrainSettings) -> None:
     """Raise CheckpointError if the output folder is another run's, or no run's."""
     try:
-        names = {path.name for path in output.iterdir()} if output.exists() else set()
+        names = {path.name for path in output.iterdir()} - {LOCK_FILE} if output.exists() else set()
     except OSError as error:
         raise CheckpointError(f"{output} cannot be the output folder: {error.strerror}") from None
     # Settings alone are left by a run that ended before its first update; beside other files, they are a user's own.

@@ -22,7 +22,7 @@ class Dataset(Protocol):
     """Samples by number, shuffled anew for every pass.
 
     One that also has `lengths`, each sample's tokens, gets batches of like lengths; one whose `in_order` is true is not
-    shuffled, as a curriculum wants it.
+    shuffled, as a curriculum wants it. A run that is gone on with must find the same `fingerprint`, where there is one.
 
     What a number gives must not depend on random generators: a worker process has its own.
     """

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, QwenVLError
-from ..files import whole_file
+from ..files import held, whole_file
 from . import randomness
 from .batches import BatchOrder, collate
 from .checkpoints import Checkpoints, Progress
@@ -44,6 +44,7 @@ from .stopping import StopRequests
 
 CHECKPOINT_FOLDER = "checkpoints"
 FAILED_BATCH_FILE = "failed-batch.json"
+LOCK_FILE = ".lock"
 # What a resumed run must share with the run it resumes; other options change no weight, rounding aside.
 COURSE = ("batch_size", "learning_rate", "final_ratio", "warmup_steps", "weight_decay", "betas", "clip", "seed")
 
@@ -114,8 +115,9 @@ def fit(
 
     Sets the global random generators. SIGINT, SIGTERM and `max_minutes` end it after the update at hand, with a
     checkpoint. Raises TrainingError on a loss or gradient that is not finite, before it reaches the weights, with the
-    batch's sources in failed-batch.json; CheckpointError if the folder's checkpoint is of another model or another run;
-    ConfigError for options that fit neither each other nor the number of devices.
+    batch's sources in failed-batch.json, and while another process trains in `folder`; CheckpointError if the folder's
+    checkpoint is of another model, another run or other data; ConfigError for options that fit neither each other nor
+    the number of devices.
     """
     folder = Path(folder)
     if evaluation_dataset is not None and not len(evaluation_dataset):
@@ -126,8 +128,8 @@ def fit(
         selected(model, parameters) as rates,
         recomputed_activations(model, options.activation_checkpointing),
         _mode(model, training=True),
+        _Run(model, dataset, options, folder, objective, collate, devices, rates, requests).claimed() as run,
     ):
-        run = _Run(model, dataset, options, folder, objective, collate, devices, rates, requests)
         progress = run.checkpoints.resume() or Progress()
         run.saved = progress.step
         update: Update | None = None
@@ -176,10 +178,6 @@ class _Run:
         self.steps = options.total_steps(len(dataset))
         self.device = devices.device or next(model.parameters()).device
         self.precision = options.dtype_on(self.device)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"the folder {folder} cannot be made: {error.strerror}") from None
         course = self._course(rates)
         shard(model, devices)
         self.optimizer = optimizer_for(model, rates, options)
@@ -190,6 +188,19 @@ class _Run:
         self.saved = 0  # the step of the last checkpoint
         self.together = devices.ranks == 1  # whether an error has met all ranks, so that they can save
         randomness.seed(options.seed, devices.rank)
+
+    @contextmanager
+    def claimed(self) -> Iterator[_Run]:
+        """This run, with its folder made and no other run's. Raises TrainingError if that cannot be had."""
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                ours = not self.devices.first or stack.enter_context(held(self.folder / LOCK_FILE))
+            except OSError as error:
+                raise TrainingError(f"the folder {self.folder} cannot be made: {error.strerror}") from None
+            if not all(self.devices.gathered(ours)):
+                raise TrainingError(f"another run is going on in {self.folder}: wait for it, or name another folder")
+            yield self
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint."""
@@ -216,11 +227,14 @@ class _Run:
         state = self.model.state_dict()
         shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
         options = {name: value for name, value in asdict(self.options).items() if name in COURSE}
-        lengths = getattr(self.dataset, "lengths", None)
+        lengths, content = getattr(self.dataset, "lengths", None), getattr(self.dataset, "fingerprint", None)
+        data = [f"{len(self.dataset)} samples"]
+        data += [] if lengths is None else [f"{sum(lengths)} tokens"]
+        data += [] if content is None else [f"fingerprint {content}"]
         return {
             **options,
             "steps": self.steps,
-            "data": f"{len(self.dataset)} samples" + (f", {sum(lengths)} tokens" if lengths is not None else ""),
+            "data": ", ".join(data),
             "precision": str(self.precision).removeprefix("torch."),
             "architecture": fingerprint(shapes, getattr(self.model, "config", None), sorted(rates.items())),
             "frozen": fingerprint({name: tensor for name, tensor in state.items() if name not in rates}),
