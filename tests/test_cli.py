@@ -51,7 +51,9 @@ def test_version(run: Run) -> None:
 # ---- chat
 
 
-def test_chat_json(run: Run, dog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_json(
+    run: Run, shared: qwenvl.Pipeline, dog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A question with two pictures prints one JSON object and nothing else; its boxes are pixels of the last one."""
     other = tmp_path / "other.png"
     Image.new("RGB", (1000, 500)).save(other)
@@ -69,7 +71,7 @@ def test_chat_json(run: Run, dog: str, tmp_path: Path, monkeypatch: pytest.Monke
         "boxes": [{"x1": 100.0, "y1": 100.0, "x2": 500.0, "y2": 300.0, "label": "the dog"}],
         "saved": str(target),
     }
-    assert "untrained" in err  # remarks do not mix with the answer
+    assert f"tiny: {shared.config.note}" in err  # remarks do not mix with the answer
     with Image.open(target) as drawn:
         assert drawn.size == (1000, 500)
         assert drawn.getpixel((300, 300)) != (0, 0, 0)  # on the box's lower side

@@ -29,7 +29,8 @@ def write(folder: Path, config: QwenVLConfig) -> Path:
 
 def test_counts_are_the_models_own(capsys: pytest.CaptureFixture[str]) -> None:
     """Parameters and bytes of every part are those of the loaded model's state dict, and the parts are all of it."""
-    model = qwenvl.load("tiny", "cpu", "bfloat16", quiet=True).model
+    vl = qwenvl.load("tiny", "cpu", "bfloat16", quiet=True)
+    model = vl.model
     assert cli.main(["info", "tiny", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     state = model.state_dict()
@@ -40,7 +41,7 @@ def test_counts_are_the_models_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["bytes"] == 2 * facts["parameters"]
     assert facts["tensors"] == len(state)
     assert facts["dtypes"] == ["BF16"]
-    assert "untrained" in facts["note"]
+    assert facts["note"] == vl.config.note
 
 
 def test_cache_size_is_the_caches_own() -> None:

@@ -64,7 +64,7 @@ def test_wheel_is_whole(wheel: Path) -> None:
     assert {f"{metadata}/licenses/LICENSE", f"{metadata}/licenses/NOTICE"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"qwenvl", metadata}
     assert not [name for name in names if "test" in name]
-    assert wheel.stat().st_size < 4_000_000
+    assert wheel.stat().st_size < 15 * 2**20  # nearly all of it the small model
 
 
 def test_wheel_requires_what_we_import(wheel: Path) -> None:
