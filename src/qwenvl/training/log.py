@@ -35,15 +35,15 @@ class TrainingLog:
         self._updates = self._tokens = 0
         self._file: IO[str] | None = None
         self._board: Any = None
-        self._bar = tqdm(
-            total=steps, initial=step, desc="training", unit="step", disable=True if quiet or not active else None
-        )
         if active:
             path = folder / LOG_FILE
             with _explained():
                 _cut(path, step)
                 self._file = path.open("a", encoding="utf-8")
                 self._board = _board(folder, step)
+        self._bar = tqdm(
+            total=steps, initial=step, desc="training", unit="step", disable=True if quiet or not active else None
+        )
 
     def __enter__(self) -> TrainingLog:
         return self

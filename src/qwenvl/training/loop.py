@@ -293,14 +293,16 @@ class _Run:
         self.together = True
         self.optimizer.zero_grad()
         everyones = [source for own in self.devices.gathered(sources) for source in own]
-        path = self.folder / FAILED_BATCH_FILE
+        path, where = self.folder / FAILED_BATCH_FILE, "the batch's samples"
         if self.devices.first:
             facts = {"step": step + 1, "loss": str(loss), "gradient_norm": str(norm), "sources": everyones}
-            with suppress(OSError), whole_file(path) as file:  # a full disk must not hide what happened
-                file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode())
+            with suppress(OSError):  # a full disk must not hide what happened
+                with whole_file(path) as file:
+                    file.write(json.dumps(facts, indent=2, ensure_ascii=False).encode())
+                where += f", in {path},"
         raise TrainingError(
-            f"update {step + 1} has loss {loss:g} and gradient norm {norm:g}, so it was not made: look at the batch's "
-            f"samples, in {path}, or begin anew in another folder with a lower learning rate"
+            f"update {step + 1} has loss {loss:g} and gradient norm {norm:g}, so it was not made: look at {where} or "
+            "begin anew in another folder with a lower learning rate"
         )
 
     def evaluate(self, function: Evaluate | None, dataset: Dataset | None) -> dict[str, float]:
