@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,17 @@ import pytest
 import torch
 from PIL import Image
 from support import write_vocabulary
-from torch import Tensor
 
 import qwenvl
 from qwenvl.config import GenerationConfig, QwenVLConfig
 from qwenvl.errors import CheckpointError
 from qwenvl.model.qwenvl import QwenVL
-from qwenvl.text.tokenizer import SPECIALS, VOCABULARY_FILE, Tokenizer
+from qwenvl.text.tokenizer import SPECIALS, Tokenizer
 from qwenvl.training.loop import fit
 from qwenvl.training.recipes import tiny, tiny_evaluate, tiny_vocabulary
 from qwenvl.training.recipes.tiny import Student
-from qwenvl.training.recipes.tiny_scenes import WORDS, Split, scene
-from qwenvl.training.recipes.tiny_words import LANGUAGES
+from qwenvl.training.recipes.tiny_pointing import HEADS, LAYERS
+from qwenvl.training.recipes.tiny_scenes import Split
 
 FOLDERS = ["1-sight", "2-captions", "3-tasks", "4-chat"]
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -61,7 +59,7 @@ class Workshop:
 
 
 def shorten(patch: pytest.MonkeyPatch, workshop: Workshop, words: Path) -> None:
-    """Phases of two updates of two sequences, one layer, another vocabulary, and few, short answers."""
+    """Phases of two updates of two sequences, few layers, another vocabulary, and few, short answers."""
 
     def short(phase: tiny.Phase) -> tiny.Phase:
         more = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "workers": 0, "log_every": 1, "save_every": 1}
@@ -69,7 +67,7 @@ def shorten(patch: pytest.MonkeyPatch, workshop: Workshop, words: Path) -> None:
 
     def config() -> QwenVLConfig:
         real = CONFIG()
-        return replace(real, num_hidden_layers=1, visual=replace(real.visual, layers=1))
+        return replace(real, num_hidden_layers=1 + max(LAYERS), visual=replace(real.visual, layers=1))
 
     patch.setattr(tiny, "vocabulary", words.read_bytes)
     patch.setattr(tiny, "MERGES", len(words.read_bytes().splitlines()))
@@ -118,6 +116,8 @@ def test_size() -> None:
     assert config.visual.image_pad_id == tiny.MERGES + len(SPECIALS) - 1 < config.vocab_size
     assert tiny.MERGES == tiny_vocabulary.MERGES
     assert QwenVLConfig.from_dict(config.to_dict()) == config
+    assert max(LAYERS) < config.num_hidden_layers
+    assert max(HEADS) < config.num_attention_heads
 
 
 def test_the_papers_stages() -> None:
@@ -134,6 +134,15 @@ def test_the_papers_stages() -> None:
     for phase in tiny.PHASES:
         assert set(phase.rows) <= set(tiny_evaluate.ROWS)
         assert phase.pictures == phase.options.batch_size * (phase.options.steps or 0)
+
+
+def test_sight_sees_everything_from_the_beginning() -> None:
+    """No curriculum of shapes, which is for phrases, and a word in most pictures: letters take the longest to see."""
+    stages = {phase.name: phase.stage for phase in tiny.PHASES}
+    assert stages["sight"].ramp == 0
+    captions = next(phase for phase in tiny.PHASES if phase.name == "captions")
+    assert 0 < captions.stage.ramp <= captions.pictures  # which reaches its end
+    assert stages["sight"].words > 0.5 > max(stage.words for name, stage in stages.items() if name != "sight")
 
 
 # A run
@@ -235,34 +244,6 @@ def test_no_picture_is_seen_twice(workshop: Workshop, words: Path, monkeypatch: 
     monkeypatch.setattr(tiny, "fit", noted)
     assert tiny.train(Student(tiny.config()), Tokenizer(words), Path("nowhere"), None, True)
     assert taken == [range(8), range(8, 16), range(16, 24), range(24, 32)]
-
-
-# Losses
-
-
-def test_the_loss_is_next_token_loss_and_sight(workshop: Workshop, words: Path) -> None:
-    """Of one batch: the cross entropy of each row alone, added up, and `beside` times the dense loss for each label."""
-    assert workshop.whole.is_dir()
-    tokenizer = Tokenizer(words)
-    student = Student(tiny.config()).eval()
-    data = tiny.SceneDataset(tokenizer, student.config, tiny.TASKS, Split.TRAIN, 100)
-    samples = [data[k] for k in range(3)]
-    batch = tiny.collate_scenes(samples)
-    with torch.no_grad():
-        loss, count = tiny.answer_loss(student, batch, beside=0.0)
-        expected = sum(alone(student.model, sample.ids, sample.labels, sample.pixels) for sample in samples)
-        assert loss.item() == pytest.approx(float(expected), rel=1e-4)
-        assert count == sum(label != -100 for sample in samples for label in sample.labels[1:])
-        more, _ = tiny.answer_loss(student, batch, beside=0.5)
-        sight, rows = tiny.sight_loss(student, batch)
-        assert rows == 3
-        assert (more - loss).item() == pytest.approx((0.5 * sight / 3 * count).item(), rel=1e-4)
-
-
-def alone(model: QwenVL, ids: list[int], labels: list[int], pixels: Tensor | None) -> Tensor:
-    """The summed cross entropy of one sequence."""
-    likely = model(torch.tensor([ids]), pixels)[0].log_softmax(dim=-1)
-    return torch.stack([-likely[k, label] for k, label in enumerate(labels[1:]) if label != -100]).sum()
 
 
 # Mistakes
@@ -376,67 +357,3 @@ def test_errors_of_the_library_are_one_line(
     monkeypatch.setattr(tiny, "train", refuse)
     assert workshop.run("refused") == 2
     assert one_line(capsys) == "error: it cannot be read"
-
-
-# The vocabulary
-
-
-@pytest.fixture(scope="module")
-def learned() -> Sequence[bytes]:
-    """The vocabulary's file, learned twice, with few merges from few scenes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_vocabulary, "MERGES", 290)
-        patch.setattr(tiny_vocabulary, "SCENES", 4)
-        return [tiny_vocabulary.vocabulary() for _ in range(2)]
-
-
-def test_the_same_words_every_time(learned: Sequence[bytes]) -> None:
-    """The same bytes, so that a run begun anew goes on with the same ids."""
-    assert learned[0] == learned[1]
-
-
-def test_the_vocabulary_is_one(learned: Sequence[bytes], tmp_path: Path) -> None:
-    """The tokenizer reads it; every text comes back; every special id is there, the image's where the config says."""
-    (tmp_path / VOCABULARY_FILE).write_bytes(learned[0])
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.n_vocab == 290 + len(SPECIALS)
-    assert [tokenizer.special_ids[form] for form in SPECIALS] == list(range(290, tokenizer.n_vocab))
-    assert tokenizer.encode_tagged("".join(SPECIALS), SPECIALS) == list(range(290, tokenizer.n_vocab))
-    for text in ("Where is the red circle?", "红色圆形在哪里？", "naïve 😀 \x00", *WORDS):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_printed_words_are_spelled(learned: Sequence[bytes], tmp_path: Path) -> None:
-    """Letter by letter, digit by digit, so that the model reads and does not recognise; common words are whole."""
-    (tmp_path / VOCABULARY_FILE).write_bytes(learned[0])
-    tokenizer = Tokenizer(tmp_path)
-    for word in (*WORDS, "QZXJ", "407"):
-        assert [tokenizer.decode([i]) for i in tokenizer.encode(word)] == list(word)
-    assert len(tokenizer.encode(" the")) == 1
-
-
-def test_the_corpus_is_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No sentence about a held-out picture; every skill in both languages; no printed word."""
-    seeds: list[int] = []
-    monkeypatch.setattr(tiny_vocabulary, "SCENES", 8)
-    monkeypatch.setattr(tiny_vocabulary, "scene", lambda seed: seeds.append(seed) or scene(seed))
-    text = tiny_vocabulary.corpus()
-    assert seeds
-    assert all(seed in Split.TRAIN.value for seed in seeds)
-    assert not [word for word in WORDS if word in text]
-    for language in LANGUAGES:
-        assert language.raw_caption.split(" ")[0] in text
-        for template in language.count:
-            assert template.split("{}")[0] in text
-
-
-@pytest.mark.slow
-def test_the_real_vocabulary(tmp_path: Path) -> None:
-    """With all its merges it has the size that the config counts on, and nouns are nearly whole in both languages."""
-    (tmp_path / VOCABULARY_FILE).write_bytes(tiny_vocabulary.vocabulary())
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.image_start_id == tiny.config().visual.image_start_id
-    assert tokenizer.n_vocab <= tiny.config().vocab_size < tokenizer.n_vocab + 16
-    for language in LANGUAGES:
-        for noun in (*language.colours.values(), *(one for one, _ in language.shapes.values())):
-            assert len(tokenizer.encode((" " if language.spaced else "") + noun)) <= 2, noun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,11 @@ from qwenvl.training.recipes.tiny_data import (
     Stage,
     collate_scenes,
 )
-from qwenvl.training.recipes.tiny_dense import dense_targets
+from qwenvl.training.recipes.tiny_dense import LETTERS, dense_targets
+from qwenvl.training.recipes.tiny_pointing import LETTER
+from qwenvl.training.recipes.tiny_questions import place
 from qwenvl.training.recipes.tiny_scenes import Split, draw, scene
+from qwenvl.training.recipes.tiny_words import ENGLISH, LANGUAGES
 
 STAGED = pytest.mark.parametrize("stage", [CAPTIONS, TASKS, CHAT], ids=lambda stage: stage.name)
 MERGES = """Describe the image with boxes Box everything in picture Detect all objects Where Find How many are there
@@ -60,14 +64,14 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures: only the texts matter, and drawing takes most of the time."""
     monkeypatch.setattr(tiny_data, "draw", lambda scene: None)
     monkeypatch.setattr(tiny_data, "preprocess", lambda picture, size: torch.zeros(3, size, size))
-    monkeypatch.setattr(tiny_data, "dense_targets", lambda scene, grid: torch.zeros(grid * grid, 7, dtype=torch.long))
+    monkeypatch.setattr(tiny_data, "dense_targets", lambda scene, grid: torch.zeros(grid * grid, 8, dtype=torch.long))
 
 
 def same(one: SceneSample, other: SceneSample) -> bool:
     """Everything in them."""
     assert one.pixels is not None
     assert other.pixels is not None
-    texts = (one.ids, one.labels, one.source) == (other.ids, other.labels, other.source)
+    texts = (one.ids, one.labels, one.source, one.points) == (other.ids, other.labels, other.source, other.points)
     return texts and torch.equal(one.pixels, other.pixels) and torch.equal(one.dense, other.dense)
 
 
@@ -93,7 +97,7 @@ def test_form_of_samples(tokenizer: Tokenizer, stage: Stage, undrawn: None) -> N
     pairs = longest = 0
     for index in range(30_000, 30_600):
         sample = data[index]
-        assert len(sample.ids) == len(sample.labels)
+        assert len(sample.ids) == len(sample.labels) == len(sample.points)
         assert all(label in (id_, -100) for id_, label in zip(sample.ids, sample.labels, strict=True))
         assert not {pad, start, end} & set(sample.labels)  # a picture is never an answer
         assert sum(label != -100 for label in sample.labels) >= 2
@@ -147,8 +151,8 @@ def test_no_place_is_asked_for_twice(tokenizer: Tokenizer, stage: Stage, undrawn
     data = dataset(tokenizer, stage)
     for index in range(40_000, 40_300):
         scene_ = scene(Split.TRAIN.seed(2 * index), words=stage.words)
-        for language in tiny_data.LANGUAGES:
-            exchanges = data._exchanges(tiny_data.random.Random(index), scene_, language)
+        for language in LANGUAGES:
+            exchanges = data._exchanges(random.Random(index), scene_, language, raw=bool(index % 2))
             assert exchanges
             targets = [target for exchange in exchanges for target in exchange.targets]
             assert len(targets) == len(set(targets))
@@ -157,6 +161,52 @@ def test_no_place_is_asked_for_twice(tokenizer: Tokenizer, stage: Stage, undrawn
             told = [exchange.skill in tiny_data.CLOSING for exchange in exchanges]
             assert not any(told[:-1])  # after everything was told, nothing is asked
             assert {exchange.skill for exchange in exchanges} <= {*stage.skills, "boxes", "absent"}
+
+
+def test_no_word_is_asked_for_twice(tokenizer: Tokenizer, undrawn: None) -> None:
+    """The second time it could be copied, whatever the question is; other answers may come again."""
+    del undrawn
+    stage = replace(TASKS, skills={"text": 1.0, "exists": 1.0}, words=1.0)
+    data, again = dataset(tokenizer, stage), 0
+    for index in range(40):
+        exchanges = data._exchanges(random.Random(index), scene(index, words=1.0), ENGLISH, raw=False)
+        answers = [exchange.answer for exchange in exchanges if exchange.skill == "text"]
+        assert len(answers) == len(set(answers))
+        others = [exchange.answer for exchange in exchanges if exchange.skill == "exists"]
+        again += len(others) > len(set(others))
+    assert again > 20
+
+
+@STAGED
+def test_points_are_about_the_picture(stage: Stage, undrawn: None, tmp_path: Path) -> None:
+    """Every box that is spelled points at the thing that has it, one in a question too, and every word at its letters.
+
+    Comparisons of two pictures point at nothing.
+    """
+    del undrawn
+    tokenizer = Tokenizer(write_vocabulary(tmp_path, MERGES.lower()))  # without capitals, words are single letters
+    data = dataset(tokenizer, stage, first=6)
+    kinds: set[str] = set()
+    for index in range(30_000, 30_300):
+        sample, shown = data[index], scene(Split.TRAIN.seed(6 + 2 * index), words=stage.words)
+        if sample.ids.count(tokenizer.image_start_id) == 2:
+            assert not any(sample.points)
+            kinds.add("pair")
+            continue
+        letters = "".join(LETTERS[point - LETTER - 1] for point in sample.points if point > LETTER)
+        word = "" if shown.text is None else str(shown.text.word)
+        assert letters == word * (len(letters) // max(len(word), 1))
+        kinds |= {"word"} if letters else set()
+        for at in (at for at, id_ in enumerate(sample.ids) if id_ == tokenizer.box_end_id):
+            asked = sample.labels[at] == -100
+            point = sample.points[at if asked else at - 1]
+            start = max(k for k in range(at) if sample.ids[k] == tokenizer.box_start_id)
+            corners = [int(n) for n in re.findall("[0-9]+", tokenizer.decode(sample.ids[start:at]))]
+            off = max(abs(a - b) for a, b in zip(place(shown, shown.things[point - 1]), corners, strict=True))
+            assert 0 < point <= len(shown.things)
+            assert off <= 12 * asked
+            kinds.add("question" if asked else "answer")
+    assert kinds == {"answer", "word"} | ({"question", "pair"} if stage.pairs else set())
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -189,8 +239,8 @@ def test_the_curriculum(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, u
     most: list[int] = []
     monkeypatch.setattr(tiny_data, "scene", lambda seed, **limits: most.append(limits["most"]) or scene(seed, **limits))
     data, flat = dataset(tokenizer, CAPTIONS), dataset(tokenizer, TASKS)
-    for index in (0, 4_799, 4_800, 9_600, 14_400, 19_199, 19_200, 24_000, 59_999):
-        data[index]
+    for fifths in (0, 0.99, 1, 2, 3, 3.99, 4, 5, 11):
+        data[round(CAPTIONS.ramp * fifths / 5)]
     assert most[::2] == [1, 1, 2, 3, 4, 4, 5, 5, 5]
     most.clear()
     flat[0]
@@ -229,7 +279,7 @@ def test_workers_do_not_matter(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     for one, other in zip(batches(0), batches(2), strict=True):
         assert one.sources == other.sources
-        for name in ("input_ids", "labels", "pixels", "dense"):
+        for name in ("input_ids", "labels", "pixels", "dense", "points"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -239,11 +289,23 @@ def test_a_batch_holds_all_pictures(tokenizer: Tokenizer) -> None:
     single, pair = (dataset(tokenizer, replace(TASKS, pairs=p))[3] for p in (0.0, 1.0))
     batch = collate_scenes([data[0], pair, single]).to(torch.device("meta"))
     assert isinstance(batch, SceneBatch)
-    assert batch.dense.shape == (4, 64, 7)
+    assert batch.dense.shape == (4, 64, 8)
     assert batch.pixels is not None
     assert batch.pixels.shape == (4, 3, 112, 112)
-    assert {t.device.type for t in (batch.dense, batch.pixels, batch.input_ids, batch.labels)} == {"meta"}
+    tensors = (batch.dense, batch.points, batch.pixels, batch.input_ids, batch.labels)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert torch.equal(collate_scenes([pair, single]).dense, torch.cat([pair.dense, single.dense]))
+
+
+def test_points_stand_beside_the_ids(tokenizer: Tokenizer) -> None:
+    """In a batch each row has its own, from the first column, and nothing to look at where it is padded."""
+    samples = [dataset(tokenizer, TASKS)[index] for index in range(6)]
+    batch = collate_scenes(samples)
+    assert batch.points.shape == batch.input_ids.shape
+    assert batch.points.dtype == torch.int64
+    assert batch.points.any()
+    for row, sample in zip(batch.points.tolist(), samples, strict=True):
+        assert row == sample.points + [0] * (len(row) - len(sample.ids))
 
 
 def test_stages() -> None:

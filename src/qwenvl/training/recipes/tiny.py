@@ -29,7 +29,7 @@ from ...config import GENERATION_CONFIG_FILE, GenerationConfig, QwenVLConfig, Vi
 from ...errors import ConfigError, QwenVLError, told
 from ...files import whole_file
 from ...loading import load
-from ...model.qwenvl import QwenVL
+from ...model.qwenvl import Output, QwenVL
 from ...model.resampler import sincos_positions
 from ...pipeline import Pipeline
 from ...text.prompt import IGNORED_LABEL
@@ -43,11 +43,13 @@ from .tiny_curves import plot
 from .tiny_data import CAPTIONS, CHAT, TASKS, SceneBatch, SceneDataset, Stage, collate_scenes
 from .tiny_dense import DenseHeads, dense_loss
 from .tiny_evaluate import LONGEST, evaluate, questions, report
+from .tiny_pointing import LAYERS, aims, pointing_loss, telling_loss
 from .tiny_scenes import Split
 from .tiny_vocabulary import MERGES, vocabulary
 
 SEED = 2308
 NOTE = "a demonstration: it knows drawn shapes and short printed words, not photographs"
+POINTING, TELLING = 0.3, 0.1  # weights of the losses on where to look and on what is seen there
 MEASURED = 300  # test questions of each row and language, at the end
 WATCHED = 12  # validation questions of each row and language, during training
 
@@ -84,9 +86,18 @@ class Student(nn.Module):
         self.model = QwenVL(config)
         self.patch_heads = DenseHeads(config.visual.width)
         self.token_heads = DenseHeads(config.visual.output_dim)
-        with torch.no_grad():  # drawn like the weights, positions would drown in what the patches show
-            table = self.model.visual.positional_embedding
-            table.copy_(sincos_positions(round(len(table) ** 0.5), table.shape[1]))
+        self._begin_well()
+
+    @torch.no_grad()
+    def _begin_well(self) -> None:
+        """Where weights drawn as usual would hold a small model back for long."""
+        table = self.model.visual.positional_embedding  # would drown in what the patches show
+        table.copy_(sincos_positions(round(len(table) ** 0.5), table.shape[1]))
+        resampler = self.model.resampler  # four products in a row: near nothing, they find a few directions only
+        assert isinstance(resampler.kv_proj, nn.Linear)
+        values = resampler.attn.in_proj_weight[2 * self.config.visual.output_dim :]
+        for weight in (resampler.kv_proj.weight, values, resampler.attn.out_proj.weight, resampler.proj.weight):
+            nn.init.orthogonal_(weight)
 
     def look(self, pixels: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
         """Visual tokens [N,Q,C] of pixels [N,3,S,S], and the dense loss of what tower and resampler make of them."""
@@ -103,18 +114,34 @@ def sight_loss(student: Student, batch: SceneBatch) -> tuple[Tensor, int]:
 
 
 def answer_loss(student: Student, batch: SceneBatch, *, beside: float) -> tuple[Tensor, Tensor]:
-    """Next-token cross entropy of the answers, and `beside` times the dense loss, so that the tower keeps its sight.
+    """Next-token cross entropy of the answers, with guidance where to look, and `beside` times the dense loss, so that
+    the tower keeps its sight.
 
     Padding on the right needs no mask: causal attention never sees it, and it has no labels.
     """
     assert batch.pixels is not None
     features, dense = student.look(batch.pixels, batch.dense)
-    logits: Tensor = student.model(batch.input_ids, image_features=features)
+    output: Output = student.model(
+        batch.input_ids, image_features=features, logits_to_keep=0, return_hidden=True, return_attentions=True
+    )
+    assert output.hidden_states is not None
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED_LABEL
     count = labelled.sum()
-    loss = F.cross_entropy(logits[:, :-1][labelled], targets[labelled], reduction="sum")
-    return loss + beside * dense * count, count
+    logits = student.model.decoder.lm_head(output.hidden_states[-1][:, :-1][labelled])  # no others, to save work
+    loss = F.cross_entropy(logits, targets[labelled], reduction="sum")
+    return loss + (beside * dense + _guidance(student, batch, output)) * count, count
+
+
+def _guidance(student: Student, batch: SceneBatch, output: Output) -> Tensor:
+    """The loss of looking elsewhere than at what an answer is about, and of not telling what is there."""
+    assert output.hidden_states is not None
+    assert output.attentions is not None
+    visual = batch.input_ids == student.config.visual.image_pad_id
+    pictures = visual.sum(dim=1) // student.config.visual.n_queries
+    found = aims(batch.points, batch.dense[pictures.cumsum(dim=0) - pictures])  # in each row's first picture
+    told = telling_loss(student.token_heads, output.hidden_states[1 + max(LAYERS)], found)
+    return POINTING * pointing_loss(output.attentions, visual, found) + TELLING * told
 
 
 @dataclass(frozen=True)
@@ -137,13 +164,13 @@ class Phase:
 
 def _gentle(name: str) -> float:
     """Less for what has learned to see: at the decoder's rate it would forget faster than the decoder learns."""
-    return 1.0 if ".decoder." in name else 0.3
+    return 1.0 if ".decoder." in name else 0.1
 
 
 COMMON = TrainingOptions(
     steps=1000,
     batch_size=16,
-    learning_rate=1e-3,
+    learning_rate=1.5e-3,
     warmup_steps=200,
     weight_decay=0.05,
     betas=(0.9, 0.98),
@@ -158,9 +185,9 @@ COMMON = TrainingOptions(
 PHASES = (
     Phase(
         "sight",
-        replace(CAPTIONS, name="sight", skills={"caption": 1.0}, ramp=24_000, words=0.6),
+        replace(CAPTIONS, name="sight", skills={"caption": 1.0}, ramp=0, words=0.8),
         sight_loss,
-        replace(COMMON, steps=6000, evaluate_every=0),
+        replace(COMMON, steps=10_000, learning_rate=2e-3, evaluate_every=0),
         lambda name: "decoder" not in name,
         (),
     ),
@@ -168,7 +195,7 @@ PHASES = (
         "captions",
         CAPTIONS,
         partial(answer_loss, beside=0.1),
-        replace(COMMON, steps=2500, final_ratio=1.0),
+        replace(COMMON, steps=1500, final_ratio=1.0),
         _gentle,
         ("box (raw)",),
     ),
@@ -176,7 +203,7 @@ PHASES = (
         "tasks",
         TASKS,
         partial(answer_loss, beside=0.1),
-        replace(COMMON, steps=11_000, final_ratio=0.1),
+        replace(COMMON, steps=9000, final_ratio=0.1),
         _gentle,
         ("box", "box (raw)", "count", "relation", "text", "exists"),
     ),
@@ -184,7 +211,7 @@ PHASES = (
         "chat",
         CHAT,
         partial(answer_loss, beside=0.0),
-        replace(COMMON, steps=2500, learning_rate=3e-4),
+        replace(COMMON, steps=2000, learning_rate=3e-4),
         lambda name: 0.0 if name.startswith("model.visual.") else _gentle(name),
         ("box", "count", "relation", "text", "exists"),
     ),

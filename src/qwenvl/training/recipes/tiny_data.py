@@ -20,11 +20,14 @@ from ...text.prompt import IGNORED_LABEL, training_example
 from ...text.tokenizer import IMAGE_TAGS, Tokenizer
 from ..batches import Batch, Sample, collate
 from .tiny_dense import dense_targets
+from .tiny_pointing import points
 from .tiny_questions import SKILLS, Exchange, compare, dialogue, raw_form
 from .tiny_scenes import Scene, Split, draw, scene
 from .tiny_words import LANGUAGES, Language
 
-CLOSING = ("caption", "description")  # they tell everything, so nothing is asked after them
+CLOSING = ("caption", "description")  # they tell everything, so they come last
+TRIES = 24  # draws of a question: a picture of one thing has few
+CHAT_FRAME, ROUND_FRAME = 18, 10  # tokens around the picture and around a round in ChatML, about
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Stage:
     words: float = 0.35
 
 
-CAPTIONS = Stage("captions", {"caption": 1.0, "box": 4.0}, raw=1.0, ramp=24_000, budget=200)
+CAPTIONS = Stage("captions", {"caption": 1.0, "box": 4.0}, raw=1.0, ramp=9600, budget=200)
 TASKS = Stage(
     "tasks",
     {
@@ -76,29 +79,34 @@ STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
 
 @dataclass(frozen=True)
 class SceneSample(Sample):
-    """A sample, and what the cells of its pictures hold: dense [N,Q,7]."""
+    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and the thing that each token is about."""
 
     dense: Tensor = field(repr=False)
+    points: list[int]
 
 
 @dataclass(frozen=True)
 class SceneBatch(Batch):
-    """A batch, and what the cells of its pictures hold: dense [N,Q,7]."""
+    """A batch, what the cells of its pictures hold (dense [N,Q,8]), and points [B,T], 0 at padding."""
 
     dense: Tensor = field(repr=False)
+    points: Tensor
 
     def to(self, device: torch.device) -> SceneBatch:
         """The same on another device."""
         moved = super().to(device)
         assert isinstance(moved, SceneBatch)
-        return replace(moved, dense=self.dense.to(device))
+        return replace(moved, dense=self.dense.to(device), points=self.points.to(device))
 
 
 def collate_scenes(samples: Sequence[SceneSample]) -> SceneBatch:
     """Samples as a batch."""
     batch = collate(samples)
     parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
-    return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]))
+    points = torch.zeros_like(batch.input_ids)
+    for row, sample in enumerate(samples):
+        points[row, : len(sample.points)] = torch.tensor(sample.points)
+    return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]), points=points)
 
 
 class SceneDataset:
@@ -129,39 +137,42 @@ class SceneDataset:
         else:
             scenes = scenes[:1]
             if rng.random() < stage.raw:
-                ids, labels = self._raw(rng, scenes[0], language)
+                ids, labels = self._raw(self._exchanges(rng, scenes[0], language, raw=True))
             elif rng.random() < stage.dialogues and (rounds := dialogue(rng, scenes[0], language)):
                 ids, labels = self._chat(rounds)
             else:
-                ids, labels = self._chat(self._exchanges(rng, scenes[0], language))
+                ids, labels = self._chat(self._exchanges(rng, scenes[0], language, raw=False))
         visual = self.config.visual
         pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
         dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
-        return SceneSample(ids, labels, pixels, f"{self.split.name.lower()} seed {seeds[0]}", dense)
+        source = f"{self.split.name.lower()} seed {seeds[0]}"
+        return SceneSample(ids, labels, pixels, source, dense, points(self.tokenizer, ids, labels, scenes[0]))
 
-    def _exchanges(self, rng: random.Random, scene: Scene, language: Language) -> list[Exchange]:
-        """Questions about a scene, none asked twice, until there would be too many for a sequence's budget."""
-        room = self.stage.budget - self.config.visual.n_queries - 12
+    def _exchanges(self, rng: random.Random, scene: Scene, language: Language, raw: bool) -> list[Exchange]:
+        """Questions about a scene, none asked twice, as many as a sequence's budget holds, or one."""
+        room = self.stage.budget - self.config.visual.n_queries - (2 if raw else CHAT_FRAME)
         asked: list[Exchange] = []
+        closing: list[Exchange] = []
         seen: set[object] = set()
-        for _ in range(24):
+        for _ in range(TRIES):
             skill = rng.choices(list(self.stage.skills), list(self.stage.skills.values()))[0]
             exchange = SKILLS[skill](rng, scene, language)
-            if exchange is None or exchange.question in seen or (exchange.answer in seen and exchange.targets):
+            if exchange is None or exchange.question in seen or (exchange.skill in CLOSING and closing):
                 continue
-            if seen & set(exchange.targets):
+            if exchange.answer in seen and (exchange.targets or exchange.skill == "text"):  # it could be copied
                 continue
-            room -= self._length(exchange)
-            if room < 0 and asked:
-                break
-            asked.append(exchange)
+            length = self._length(exchange, raw)
+            if seen & set(exchange.targets) or (length > room and (asked or closing)):
+                continue
+            room -= length
+            (closing if exchange.skill in CLOSING else asked).append(exchange)
             seen |= {exchange.question, exchange.answer, *exchange.targets}
-            if exchange.skill in CLOSING:
-                break
-        return asked
+        return asked + closing
 
-    def _length(self, exchange: Exchange) -> int:
-        return len(self.tokenizer.encode_tagged(exchange.question + exchange.answer, IMAGE_TAGS)) + 9
+    def _length(self, exchange: Exchange, raw: bool) -> int:
+        """Tokens of an exchange with what frames it."""
+        texts, frame = (raw_form(exchange), 1) if raw else ((exchange.question, exchange.answer), ROUND_FRAME)
+        return frame + sum(len(self.tokenizer.encode_tagged(text, IMAGE_TAGS)) for text in texts)
 
     def _chat(self, exchanges: list[Exchange], pictures: int = 1) -> tuple[list[int], list[int]]:
         """ChatML, as `Pipeline.chat` asks."""
@@ -175,7 +186,7 @@ class SceneDataset:
         example = training_example(self.tokenizer, messages, self.config.seq_length, n_queries=n_queries)
         return example.ids, example.labels
 
-    def _raw(self, rng: random.Random, scene: Scene, language: Language) -> tuple[list[int], list[int]]:
+    def _raw(self, exchanges: list[Exchange]) -> tuple[list[int], list[int]]:
         """The picture, then prompts of the base form, each with its answer and an end."""
         tokenizer = self.tokenizer
         ids = [
@@ -184,7 +195,7 @@ class SceneDataset:
             tokenizer.image_end_id,
         ]
         labels = [IGNORED_LABEL] * len(ids)
-        for exchange in self._exchanges(rng, scene, language):
+        for exchange in exchanges:
             asked, answer = (tokenizer.encode_tagged(text, IMAGE_TAGS) for text in raw_form(exchange))
             ids += [*asked, *answer, tokenizer.eos_id]
             labels += [*[IGNORED_LABEL] * len(asked), *answer, tokenizer.eos_id]

@@ -1,8 +1,9 @@
 """Dense pretraining of the small model's vision tower and resampler: what lies at each place of the picture.
 
 The paper starts from an OpenCLIP tower that has seen two billion pictures. Ours starts from nothing, so it first learns
-to say, for every cell of the query grid, the shape, the colour and the letter that lie there and where the edges of the
-thing are. The heads that say so read `encode_images`' output and are thrown away afterwards.
+to say, for every cell of the query grid, the shape, the colour and the letter that lie there, where the edges of the
+thing are, and the digits that these begin with: what is spelt on the visual tokens, the decoder need only copy. The
+heads that say so read `encode_images`' output and are thrown away afterwards.
 
     dense_targets     the numbers to be learned, drawn from a scene
     DenseHeads        features [N,Q,C] to predictions
@@ -28,12 +29,15 @@ BLUR = 0.7  # bins: a neighbour of the right bin is nearly right
 KINDS = (*SHAPES, "word")
 INKS = tuple(COLOURS)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+Predictions = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # kind, ink, letter, edges, digits
+
+LETTERING, NUMBER = 2, 7  # columns of the targets
 NOTHING = 0  # class of an empty cell; -100 is "not asked here"
 
 
 def dense_targets(scene: Scene, grid: int) -> Tensor:
-    """[Q,7] int64 for a grid of `grid` x `grid` cells, row by row: kind, ink, letter (0 is none), then the edges'
-    thousandths x1, y1, x2, y2 (-100 in empty cells).
+    """[Q,8] int64 for a grid of `grid` x `grid` cells, row by row: kind, ink, letter (0 is none), then the edges'
+    thousandths x1, y1, x2, y2 (-100 in empty cells), and the thing's number, from 1.
     """
     side = grid * FINE
     things = Image.new("L", (side, side))
@@ -57,7 +61,8 @@ def dense_targets(scene: Scene, grid: int) -> Tensor:
             min(max(round(v / s * 1000), 0), 999) for v, s in zip((box.x1, box.y1, box.x2, box.y2), sizes, strict=True)
         ]
     rows = table[numbers]  # [Q,6]
-    return torch.from_numpy(np.concatenate((rows[:, :2], letters[:, None], rows[:, 2:]), axis=1))
+    columns = rows[:, :2], letters[:, None], rows[:, 2:], numbers[:, None]
+    return torch.from_numpy(np.concatenate(columns, axis=1))
 
 
 def _scaled(box: Box, scene: Scene, side: int) -> Box:
@@ -90,26 +95,34 @@ class DenseHeads(nn.Module):
         self.ink = nn.Linear(width, 1 + len(INKS))
         self.letter = nn.Linear(width, 1 + len(LETTERS))
         self.edges = nn.Linear(width, 4 * BINS)
+        self.digits = nn.Linear(width, 4 * 2 * 10)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features [N,Q,C] to logits: kind [N,Q,8], ink [N,Q,9], letter [N,Q,37], edges [N,Q,4,BINS]."""
+    def forward(self, features: Tensor) -> Predictions:
+        """Features [N,Q,C] to logits: kind [N,Q,8], ink [N,Q,9], letter [N,Q,37], edges [N,Q,4,BINS] and their first
+        two digits [N,Q,4,2,10].
+        """
         edges = self.edges(features).unflatten(-1, (4, BINS))
-        return self.kind(features), self.ink(features), self.letter(features), edges
+        digits = self.digits(features).unflatten(-1, (4, 2, 10))
+        return self.kind(features), self.ink(features), self.letter(features), edges, digits
 
 
-def dense_loss(predictions: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tensor) -> Tensor:
-    """The loss of targets [N,Q,7]: cross entropies of kind, ink, letter and edges, added up.
+def dense_loss(predictions: Predictions, targets: Tensor) -> Tensor:
+    """The loss of targets [N,Q,8]: cross entropies of kind, ink, letter, edges and digits, added up.
 
     Full cells are few and letters fewer, so full and empty cells are averaged apart: else most of the loss would be
-    about nothing. Edges count where there is a thing, with blurred bins.
+    about nothing. Edges count where there is a thing, with blurred bins, and their digits as blurred as they are.
     """
-    kind, ink, letter, edges = predictions
-    loss = sum(_balanced(logits, targets[..., k]) for k, logits in enumerate((kind, ink, letter)))
+    kind, ink, letter, edges, digits = predictions
+    losses = [_balanced(logits, targets[..., k]) for k, logits in enumerate((kind, ink, letter))]
     there = targets[..., 3] >= 0
-    wanted = targets[..., 3:][there].float() / (1000 / BINS)  # [K,4], in bins
-    bins = torch.arange(BINS, device=wanted.device) + 0.5
-    blurred = (-((bins - wanted[..., None]) ** 2) / (2 * BLUR**2)).softmax(dim=-1)  # [K,4,BINS]
-    return loss + _mean(-(blurred * edges[there].log_softmax(dim=-1)).sum(dim=-1))
+    places = targets[..., 3:7][there].float() / (1000 / BINS)  # [K,4], in bins
+    bins = torch.arange(BINS, device=places.device) + 0.5
+    blurred = (-((bins - places[..., None]) ** 2) / (2 * BLUR**2)).softmax(dim=-1)  # [K,4,BINS]
+    by_digit = blurred.reshape(-1, 4, 10, 10)
+    spelt = torch.stack((by_digit.sum(dim=-1), by_digit.sum(dim=-2)), dim=-2)  # [K,4,2,10]
+    for logits, wanted in ((edges, blurred), (digits, spelt)):
+        losses.append(_mean(-(wanted * logits[there].log_softmax(dim=-1)).flatten(2).sum(dim=-1)))
+    return torch.stack(losses).sum()
 
 
 def _balanced(logits: Tensor, classes: Tensor) -> Tensor:

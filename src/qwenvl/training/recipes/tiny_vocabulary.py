@@ -26,7 +26,7 @@ def corpus() -> str:
     Printed words are left out: they stay single letters, so that the model spells what it reads, new words too. Chinese
     nouns and colours stand on lines of their own: no merge crosses from one to the next.
     """
-    lines = ["system You are a helpful assistant. user assistant Picture 1: Picture 2: Answer:"] * 20
+    lines = ["system\nYou are a helpful assistant.\nuser\nassistant\nPicture 1:\nPicture 2:\n Answer:"] * 20
     for index in range(SCENES):
         rng = random.Random(index)
         here, there = (scene(Split.TRAIN.seed(2 * index + k)) for k in range(2))

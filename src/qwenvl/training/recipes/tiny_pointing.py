@@ -1,0 +1,130 @@
+"""Where to look while answering, and what to see there: the thing that the words are about.
+
+From answers alone, a decoder needs tens of thousands of pictures before it begins to tie a phrase to a place. The
+generator knows which thing it is, so it says so: while a thing is named and its box or its letters are spelt, half of
+the heads of two middle layers are taught to attend to the visual tokens on that thing, and behind them the hidden
+states to tell of it what the visual tokens tell. Like the dense targets this is for training only; the model and its
+prompts are those without it.
+
+    points           for every token of a sequence, what to look at
+    aims             the same for a batch, as cells of the grid
+    pointing_loss    the attention that the cells do not receive
+    telling_loss     what hidden states do not tell of them
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...text.prompt import IGNORED_LABEL
+from ...text.tokenizer import Tokenizer
+from .tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss
+from .tiny_questions import place
+from .tiny_scenes import Scene
+
+LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
+HEADS = (0, 1, 2)  # of 6
+NEAR = 100  # thousandths that the corners of a box may be off altogether: questions name them inexactly
+LETTER = 16  # from here on, the letters' classes; below, the things' numbers
+
+
+def points(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scene: Scene) -> list[int]:
+    """For each of `ids` what to look at while the next is found: a thing's number (from 1, in `scene.things`), LETTER
+    and a letter's class, or 0 for nothing.
+
+    In an answer: a thing from its `<ref>` to the end of its box, and all along another box; every letter of a printed
+    word. In a question: where a box ends, since nobody can know before that.
+    """
+    found = [0] * len(ids)
+    phrase = box = 0
+    for at, id_ in enumerate(ids):
+        learned = labels[at] != IGNORED_LABEL
+        if id_ == tokenizer.ref_start_id and learned:
+            phrase = at
+        elif id_ == tokenizer.box_start_id:
+            box = at
+        elif id_ == tokenizer.box_end_id:
+            first, last = (phrase or box, at) if learned else (at, at + 1)
+            found[first:last] = [_nearest(scene, tokenizer.decode(ids[box:at]))] * (last - first)
+            phrase = 0
+    for start, word in _readings(tokenizer, ids, labels, scene):
+        for at, id_ in enumerate(word, start):
+            letter = tokenizer.decode([id_]).strip()  # the first may be one token with the space before it
+            if len(letter) == 1:  # no space alone
+                found[at - 1] = LETTER + 1 + LETTERS.index(letter)
+    return found
+
+
+def _nearest(scene: Scene, corners: str) -> int:
+    """The number of the thing whose box is spelt, 0 if it is nobody's."""
+    spelt = [int(number) for number in re.findall("[0-9]+", corners)]
+    distances = [sum(abs(a - b) for a, b in zip(place(scene, t), spelt, strict=True)) for t in scene.things]
+    nearest = min(distances)
+    return 1 + distances.index(nearest) if nearest <= NEAR else 0
+
+
+def _readings(
+    tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scene: Scene
+) -> Iterator[tuple[int, list[int]]]:
+    """Where the printed word stands as an answer or as a phrase, and its tokens there."""
+    if scene.text is None:
+        return
+    closing = tokenizer.im_end_id, tokenizer.eos_id, tokenizer.ref_end_id
+    ends = [at for at, id_ in enumerate(ids) if id_ in closing and labels[at] != IGNORED_LABEL]
+    for word in (tokenizer.encode(space + (scene.text.word or "")) for space in ("", " ")):
+        for start in (end - len(word) for end in ends):
+            if list(ids[start : start + len(word)]) == word:
+                yield start, word
+
+
+@dataclass(frozen=True)
+class Aims:
+    """The K tokens of a batch that look at something: rows [K] and columns [K] of where they stand, the cells [K,Q] to
+    look at, true where, and the dense targets [K,8] of what is there.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    cells: Tensor
+    targets: Tensor
+
+
+def aims(points: Tensor, dense: Tensor) -> Aims:
+    """Those of points [B,T], given the dense targets [B,Q,8] of each row's first picture.
+
+    What covers no cell enough to be its content is nothing to look at.
+    """
+    rows, columns = points.nonzero(as_tuple=True)
+    wanted = points[rows, columns, None]
+    cells = (dense[rows, :, NUMBER] == wanted) | (dense[rows, :, LETTERING] == wanted - LETTER)
+    seen = cells.any(dim=1)
+    rows, columns, cells = rows[seen], columns[seen], cells[seen]
+    targets = dense[rows, cells.int().argmax(dim=1)]  # of the first cell, whose letter is not the thing's
+    targets[:, LETTERING] *= points[rows, columns] >= LETTER
+    return Aims(rows, columns, cells, targets)
+
+
+def pointing_loss(maps: Sequence[Tensor], visual: Tensor, aims: Aims) -> Tensor:
+    """The mean, over aims, layers and heads, of -log of the attention that an aim's cells receive; 0 without aims.
+
+    maps: attention [B,H,T,T] of every layer; visual [B,T]: true at visual tokens, of which a row's first Q count.
+    """
+    if not len(aims.rows):
+        return maps[0].new_zeros(())
+    standing = visual.int().argsort(dim=1, descending=True, stable=True)[aims.rows, : aims.cells.shape[1]]  # [K,Q]
+    attention = torch.stack([maps[layer][aims.rows, head, aims.columns] for layer in LAYERS for head in HEADS])
+    received = attention.gather(2, standing.expand(len(attention), -1, -1)) * aims.cells  # [.,K,Q]
+    return -received.sum(dim=-1).clamp(min=1e-6).log().mean()
+
+
+def telling_loss(heads: DenseHeads, hidden: Tensor, aims: Aims) -> Tensor:
+    """The dense loss of what the hidden states [B,T,C] behind the pointing layers tell about their aims.
+
+    heads: those that read the visual tokens: what is told there must have come over as it was.
+    """
+    return dense_loss(heads(hidden[aims.rows, aims.columns][None]), aims.targets[None])
