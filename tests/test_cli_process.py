@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from commands import ENVIRONMENT, outside
+from support import chat_config, random_model, write_checkpoint, write_vocabulary
 
 from qwenvl.text.parts import Turn
+from qwenvl.text.tokenizer import Tokenizer
 
 COMMANDS = ("chat", "generate", "ground", "info", "convert", "train", "demo")
 SHORT = ("--max-new-tokens", "4")
@@ -67,9 +70,23 @@ def test_broken_pipe(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_interrupt(chat_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options for an answer of a thousand tokens: nothing that ends one is ever the likeliest."""
+    folder = tmp_path_factory.mktemp("endless")
+    vocabulary = write_vocabulary(folder)
+    tokenizer = Tokenizer(vocabulary)
+    model = random_model(chat_config(tokenizer))
+    with torch.no_grad():
+        model.decoder.lm_head.weight[[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eos_id]] = 0
+    generation = {"chat_format": "chatml", "eos_token_id": tokenizer.eos_id}
+    checkpoint = write_checkpoint(folder / "checkpoint", model, vocabulary, generation)
+    return "--model", str(checkpoint), "--max-new-tokens", "900", "--greedy"
+
+
+def test_interrupt(endless: tuple[str, ...]) -> None:
     """Ctrl-C in the middle of an answer ends the command with status 130 and no traceback."""
-    command = [sys.executable, "-m", "qwenvl.cli", "chat", "Hi", "--quiet", *endless(chat_folder)]
+    command = [sys.executable, "-m", "qwenvl.cli", "chat", "Hi", "--quiet", *endless]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         process.stdout.read(1)  # it speaks
@@ -77,11 +94,6 @@ def test_interrupt(chat_folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
-
-
-def endless(chat_folder: Path) -> tuple[str, ...]:
-    """Options for an answer that takes longer than a test does: random weights do not come to an end."""
-    return "--model", str(chat_folder), "--max-new-tokens", "1000"
 
 
 class Screen:
@@ -121,10 +133,10 @@ class Screen:
         os.write(self.master, keys.encode())
 
 
-def test_in_a_real_terminal(dog: str, chat_folder: Path) -> None:
+def test_in_a_real_terminal(dog: str, endless: tuple[str, ...]) -> None:
     """Keys as a person presses them: Tab completes a file, Ctrl-C stops an answer, Ctrl-D leaves with status 0."""
     here = Path(dog).parent
-    screen = Screen(here, *endless(chat_folder))
+    screen = Screen(here, *endless)
     try:
         screen.wait_for("/help shows the commands")
         screen.wait_for("you> ")
