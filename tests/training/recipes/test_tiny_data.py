@@ -178,13 +178,12 @@ def test_no_word_is_asked_for_twice(tokenizer: Tokenizer, undrawn: None) -> None
 
 
 @STAGED
-def test_points_are_about_the_picture(stage: Stage, undrawn: None, tmp_path: Path) -> None:
+def test_points_are_about_the_picture(tokenizer: Tokenizer, stage: Stage, undrawn: None) -> None:
     """Every box that is spelled points at the thing that has it, one in a question too, and every word at its letters.
 
     Comparisons of two pictures point at nothing.
     """
     del undrawn
-    tokenizer = Tokenizer(write_vocabulary(tmp_path, MERGES.lower()))  # without capitals, words are single letters
     data = dataset(tokenizer, stage, first=6)
     kinds: set[str] = set()
     for index in range(30_000, 30_300):
