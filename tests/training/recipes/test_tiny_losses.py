@@ -15,7 +15,7 @@ from qwenvl.text.tokenizer import Tokenizer
 from qwenvl.training.recipes import tiny
 from qwenvl.training.recipes.tiny import Student, answer_loss, sight_loss
 from qwenvl.training.recipes.tiny_data import TASKS, SceneBatch, SceneDataset, SceneSample, collate_scenes
-from qwenvl.training.recipes.tiny_pointing import LAYERS, aims, pointing_loss, telling_loss
+from qwenvl.training.recipes.tiny_pointing import HEADS, LAYERS, aims, pointing_loss, telling_loss, watched
 from qwenvl.training.recipes.tiny_scenes import Split
 
 
@@ -101,7 +101,8 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
         output: Output = student.model(batch.input_ids, batch.pixels, return_attentions=True, return_hidden=True)
         visual = batch.input_ids == student.config.visual.image_pad_id
         found = aims(batch.points, torch.stack([one.dense[0] for one in samples]))
-        pointing = pointing_loss(output.attentions or (), visual, found)
+        maps = [(output.attentions or ())[layer] for layer in LAYERS]
+        pointing = pointing_loss([map_[found.rows, :, found.columns][:, HEADS] for map_ in maps], visual, found)
         telling = telling_loss(student.token_heads, (output.hidden_states or ())[1 + max(LAYERS)], found)
         assert pointing > 1  # nobody has learned it
         assert telling > 5
@@ -110,6 +111,24 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
             expected = (weights[0] * pointing + weights[1] * telling) * count
             assert term.item() == pytest.approx(expected.item(), rel=1e-3), weights
     assert min(tiny.POINTING, tiny.TELLING) > 0
+
+
+def test_watching_ends(student: Student) -> None:
+    """Queries and keys of the layers that point are noted within the `with` only, also when it ends by an error."""
+    ids = torch.tensor([[1, 2, 3]])
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def interrupted() -> None:
+        nonlocal seen
+        with watched(student.model.decoder) as seen:
+            student.model(ids)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [query.shape[1:3] for query, _ in seen] == [(len(HEADS), 3)] * len(LAYERS)
+    student.model(ids)
+    assert len(seen) == len(LAYERS)
 
 
 def test_what_is_told_comes_from_behind_the_pointing_layers(student: Student) -> None:

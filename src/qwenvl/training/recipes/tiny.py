@@ -43,7 +43,7 @@ from .tiny_curves import plot
 from .tiny_data import CAPTIONS, CHAT, TASKS, SceneBatch, SceneDataset, Stage, collate_scenes
 from .tiny_dense import DenseHeads, dense_loss
 from .tiny_evaluate import LONGEST, evaluate, questions, report
-from .tiny_pointing import LAYERS, aims, pointing_loss, telling_loss
+from .tiny_pointing import LAYERS, aims, attention_at, pointing_loss, telling_loss, watched
 from .tiny_scenes import Split
 from .tiny_vocabulary import MERGES, vocabulary
 
@@ -121,27 +121,32 @@ def answer_loss(student: Student, batch: SceneBatch, *, beside: float) -> tuple[
     """
     assert batch.pixels is not None
     features, dense = student.look(batch.pixels, batch.dense)
-    output: Output = student.model(
-        batch.input_ids, image_features=features, logits_to_keep=0, return_hidden=True, return_attentions=True
-    )
+    with watched(student.model.decoder) as seen:
+        output: Output = student.model(batch.input_ids, image_features=features, logits_to_keep=0, return_hidden=True)
     assert output.hidden_states is not None
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED_LABEL
     count = labelled.sum()
     logits = student.model.decoder.lm_head(output.hidden_states[-1][:, :-1][labelled])  # no others, to save work
     loss = F.cross_entropy(logits, targets[labelled], reduction="sum")
-    return loss + (beside * dense + _guidance(student, batch, output)) * count, count
+    return loss + (beside * dense + _guidance(student, batch, output.hidden_states, seen)) * count, count
 
 
-def _guidance(student: Student, batch: SceneBatch, output: Output) -> Tensor:
-    """The loss of looking elsewhere than at what an answer is about, and of not telling what is there."""
-    assert output.hidden_states is not None
-    assert output.attentions is not None
+def _guidance(
+    student: Student, batch: SceneBatch, hidden: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The loss of looking elsewhere than at what an answer is about, and of not telling what is there; 0 without aims.
+
+    hidden: the states [B,T,C] before each layer. seen: queries and keys of the layers that point.
+    """
     visual = batch.input_ids == student.config.visual.image_pad_id
     pictures = visual.sum(dim=1) // student.config.visual.n_queries
     found = aims(batch.points, batch.dense[pictures.cumsum(dim=0) - pictures])  # in each row's first picture
-    told = telling_loss(student.token_heads, output.hidden_states[1 + max(LAYERS)], found)
-    return POINTING * pointing_loss(output.attentions, visual, found) + TELLING * told
+    if not len(found.rows):
+        return hidden[0].new_zeros(())
+    looks = pointing_loss([attention_at(found, *layer) for layer in seen], visual, found)
+    told = telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
+    return POINTING * looks + TELLING * told
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ prompts are those without it.
 
     points           for every token of a sequence, what to look at
     aims             the same for a batch, as cells of the grid
+    watched          what the layers that point look with
     pointing_loss    the attention that the cells do not receive
     telling_loss     what hidden states do not tell of them
 """
@@ -16,11 +17,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ...model.decoder import Attention, AttentionContext, Decoder
 from ...text.prompt import IGNORED_LABEL
 from ...text.tokenizer import Tokenizer
 from .tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss
@@ -28,7 +33,7 @@ from .tiny_questions import place
 from .tiny_scenes import Scene
 
 LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
-HEADS = (0, 1, 2)  # of 6
+HEADS = [0, 1, 2]  # of 6
 NEAR = 100  # thousandths that the corners of a box may be off altogether: questions name them inexactly
 LETTER = 16  # from here on, the letters' classes; below, the things' numbers
 
@@ -109,16 +114,53 @@ def aims(points: Tensor, dense: Tensor) -> Aims:
     return Aims(rows, columns, cells, targets)
 
 
-def pointing_loss(maps: Sequence[Tensor], visual: Tensor, aims: Aims) -> Tensor:
-    """The mean, over aims, layers and heads, of -log of the attention that an aim's cells receive; 0 without aims.
+@contextmanager
+def watched(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """While it lasts, the queries and keys [B,3,T,D] of HEADS are appended for each of LAYERS that computes.
 
-    maps: attention [B,H,T,T] of every layer; visual [B,T]: true at visual tokens, of which a row's first Q count.
+    Whole attention maps would double the work of attention, for rows of which most are not looked at.
     """
-    if not len(aims.rows):
-        return maps[0].new_zeros(())
+    seen: list[tuple[Tensor, Tensor]] = []
+    contexts: list[AttentionContext] = []
+
+    def begin(_attention: nn.Module, arguments: tuple[Any, ...]) -> None:
+        contexts.append(arguments[1])
+
+    def note(attention: Attention, qkv: Tensor) -> None:
+        query, key, _ = attention.split(qkv, contexts.pop())
+        seen.append((query[:, HEADS], key[:, HEADS]))
+
+    hooks: list[RemovableHandle] = []
+    for layer in LAYERS:
+        attention = decoder.blocks[layer].attn
+        assert isinstance(attention, Attention)
+        hooks.append(attention.register_forward_pre_hook(begin))
+        hooks.append(attention.c_attn.register_forward_hook(lambda _m, _i, qkv, own=attention: note(own, qkv)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_at(aims: Aims, query: Tensor, key: Tensor) -> Tensor:
+    """Causal attention [K,H,T] from the aims' tokens, of queries and keys [B,H,T,D] of right-padded rows."""
+    seats = torch.arange(len(aims.rows), device=query.device) - torch.searchsorted(aims.rows, aims.rows)  # in each row
+    seated = query.new_zeros(len(query), int(seats.max()) + 1, query.shape[1], query.shape[3])
+    seated[aims.rows, seats] = query[aims.rows, :, aims.columns]
+    scores: Tensor = seated.transpose(1, 2) @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    later = torch.arange(key.shape[2], device=key.device) > aims.columns[:, None, None]
+    return scores[aims.rows, :, seats].float().masked_fill(later, -torch.inf).softmax(dim=-1)
+
+
+def pointing_loss(attention: Sequence[Tensor], visual: Tensor, aims: Aims) -> Tensor:
+    """The mean, over aims, layers and heads, of -log of the attention that an aim's cells receive.
+
+    attention: [K,H,T] of every layer; visual [B,T]: true at visual tokens, of which a row's first Q count.
+    """
     standing = visual.int().argsort(dim=1, descending=True, stable=True)[aims.rows, : aims.cells.shape[1]]  # [K,Q]
-    attention = torch.stack([maps[layer][aims.rows, head, aims.columns] for layer in LAYERS for head in HEADS])
-    received = attention.gather(2, standing.expand(len(attention), -1, -1)) * aims.cells  # [.,K,Q]
+    given = torch.stack(list(attention), dim=1).flatten(1, 2)  # [K,.,T]
+    received = given.gather(2, standing[:, None].expand(-1, given.shape[1], -1)) * aims.cells[:, None]  # [K,.,Q]
     return -received.sum(dim=-1).clamp(min=1e-6).log().mean()
 
 
