@@ -20,6 +20,9 @@ import torch
 from support import random_model, small_config
 from torch import Tensor, nn
 
+from qwenvl.adapt.adapters import save_adapter
+from qwenvl.adapt.int4 import quantize_structure
+from qwenvl.adapt.lora import LoraOptions, add_lora
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.training import checkpoints
 from qwenvl.training.batches import Batch, Sample
@@ -27,8 +30,10 @@ from qwenvl.training.devices import export, joined
 from qwenvl.training.loop import FitResult, fit
 from qwenvl.training.objective import next_token_loss
 from qwenvl.training.options import TrainingOptions
+from qwenvl.training.parameters import trainable_for_fine_tuning
 
 SPAN = [60, *[62] * 4, 61]  # an image of `small_config`
+PARTLY = ("lora", "qlora", "frozen")
 TIMES = ("seconds", "tokens_per_second", "updates_per_second")
 
 
@@ -107,13 +112,42 @@ def killed(folder: Path, kill: str) -> None:
     fit(small_model(), samples(), options(), folder, objective=kill_in_update(21 if kill == "update" else 10**6))
 
 
+def partly_trained(method: str) -> QwenVL:
+    """A small model with LoRA, LoRA over 4 bits, or its vision tower frozen."""
+    if method == "frozen":
+        model = small_model()
+        trainable_for_fine_tuning(model)
+        return model
+    model = small_model()
+    if method == "qlora":
+        packed = small_config(quantization_config={"group_size": 32})
+        model = random_model(packed)
+        quantize_structure(model, packed)
+        generator = torch.Generator().manual_seed(0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("qweight"):
+                buffer.copy_(torch.randint(-(2**31), 2**31, buffer.shape, generator=generator).to(torch.int32))
+            elif name.endswith("qzeros"):
+                buffer.fill_(0x77777777)  # codes stand for -8 to 7
+            elif name.endswith("scales"):
+                buffer.fill_(0.02)
+    torch.manual_seed(1)
+    add_lora(model, LoraOptions(r=4, dropout=0.0))
+    return model
+
+
 def two_ranks(folder: Path) -> None:
     """Under torchrun: a run of its own in `own`, and one that goes on in `theirs`; the weights of both.
 
-    And a run in `half`, in bfloat16.
+    And runs of models that are trained in part, with their adapters, and a run in `half`, in bfloat16.
     """
     with joined() as devices:
         fit(small_model(), samples(), half_options(), folder / "half", quiet=True)
+        for method in PARTLY:
+            model = partly_trained(method)
+            fit(model, samples(), rank_options(5), folder / method, quiet=True)
+            if method != "frozen":
+                save_adapter(model, folder / method / "adapter")
         for name in ("own", "theirs"):
             model = small_model()
             result = fit(model, samples(), rank_options(5), folder / name, evaluation_dataset=samples(5, seed=1))

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
+from safetensors.torch import load_file
 from support import one_line_error
-from training_runs import half_options, log_lines, rank_options, samples, small_model
+from training_runs import PARTLY, half_options, log_lines, partly_trained, rank_options, samples, small_model
 
 import qwenvl
+from qwenvl.adapt.adapters import ADAPTER_FILE, save_adapter
 from qwenvl.training.devices import Devices, export, fingerprint, joined, shard
 from qwenvl.training.errors import TrainingError
 from qwenvl.training.loop import fit
@@ -76,6 +78,8 @@ def test_ranks_that_begin_differently(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Losses, evaluation and weights of two gloo ranks are those of one; each goes on from the other's checkpoint.
 
+    So are those of LoRA, of LoRA over 4 bits and of a frozen vision tower, with the adapters that come out.
+
     Samples differ in length, so the ranks count different numbers of labels, and some pieces have no picture.
     """
     fit(small_model(), samples(), half_options(), tmp_path / "half-alone", quiet=True)
@@ -100,6 +104,18 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         for name, tensor in weights.items():
             # Not the largest: the bias of a key has no gradient but rounding, which AdamW scales up.
             assert (tensor - expected[name]).abs().median() < 1e-5, name
+
+    for method in PARTLY:
+        model = partly_trained(method)
+        fit(model, samples(), rank_options(5), tmp_path / f"{method}-alone", quiet=True)
+        ours, theirs = (log_lines(tmp_path / name) for name in (method, f"{method}-alone"))
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, abs=1e-5, rel=1e-5), method
+        if method != "frozen":
+            save_adapter(model, tmp_path / f"{method}-alone" / "adapter")
+            one, other = (load_file(tmp_path / name / "adapter" / ADAPTER_FILE) for name in (method, f"{method}-alone"))
+            assert one.keys() == other.keys()
+            assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4, method
 
     halves = [log_lines(tmp_path / name)[0]["loss"] for name in ("half", "half-alone")]
     assert halves[0] == pytest.approx(halves[1], rel=1e-5)  # AdamW enlarges what rounding does to later ones
