@@ -118,6 +118,29 @@ def test_a_question_does_not_reach_into_the_answer(tokenizer: Tokenizer) -> None
 
 
 @pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("Is there a blue square?", [(2, "?")]),
+        ("What shape is the blue shape in it?", [(2, " ")]),
+        ("Count the squares.", [(2, ".")]),
+        ("有几个蓝色正方形？", [(2, "？")]),
+        ("正方形在红色圆形的左边吗？", [(2, "在")]),  # of two red circles, none is meant
+        ("Is the square above the blue square?", [(2, " "), (2, "?")]),
+        ("Where is the blue circle?", []),  # there is none, though there are circles and something blue
+        ("Where is the red square?", []),
+        ("How many circles are there?", []),
+        ("Is there a shape?", []),
+    ],
+)
+def test_phrases_in_questions(tokenizer: Tokenizer, asked: str, expected: list[tuple[int, str]]) -> None:
+    """Where the phrase of one thing alone ends it is looked at; not in an answer without boxes."""
+    ids, labels = chat(tokenizer, asked, "a blue square.")
+    found = points(tokenizer, ids, labels, holding())
+    rest = [(thing, tokenizer.decode(ids[at + 1 :])) for at, thing in enumerate(found) if thing]
+    assert [(thing, text[:1]) for thing, text in rest] == expected
+
+
+@pytest.mark.parametrize(
     ("corners", "thing"),
     [
         ((600, 500, 900, 900), 2),

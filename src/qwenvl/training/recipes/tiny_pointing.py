@@ -16,9 +16,11 @@ prompts are those without it.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,11 +31,21 @@ from ...model.decoder import Attention, AttentionContext, Decoder
 from ...text.prompt import IGNORED_LABEL
 from ...text.tokenizer import Tokenizer
 from .tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss
-from .tiny_questions import place
-from .tiny_scenes import Scene
+from .tiny_questions import group, place
+from .tiny_scenes import COLOURS, SHAPES, Scene
+from .tiny_words import LANGUAGES
 
 LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
 HEADS = [0, 1, 2]  # of 6
+# What a phrase means; in this order, the longest is found first.
+PHRASES = {
+    language.phrase(colour, shape, number).encode(): (colour, shape)
+    for language in LANGUAGES
+    for colour in (*COLOURS, None)
+    for shape in (*SHAPES, None)
+    for number in (2, 1)
+    if colour or shape
+}
 NEAR = 100  # thousandths that the corners of a box may be off altogether: questions name them inexactly
 LETTER = 16  # from here on, the letters' classes; below, the things' numbers
 
@@ -43,9 +55,12 @@ def points(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scen
     and a letter's class, or 0 for nothing.
 
     In an answer: a thing from its `<ref>` to the end of its box, and all along another box; every letter of a printed
-    word. In a question: where a box ends, since nobody can know before that.
+    word. In a question: where a box or the phrase of one thing alone ends, since nobody can know before that.
     """
     found = [0] * len(ids)
+    for at, number in _mentions(tokenizer, ids, scene):
+        if labels[at] == IGNORED_LABEL:
+            found[at] = number
     phrase = box = 0
     for at, id_ in enumerate(ids):
         learned = labels[at] != IGNORED_LABEL
@@ -63,6 +78,17 @@ def points(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scen
             if len(letter) == 1:  # no space alone
                 found[at - 1] = LETTER + 1 + LETTERS.index(letter)
     return found
+
+
+def _mentions(tokenizer: Tokenizer, ids: Sequence[int], scene: Scene) -> Iterator[tuple[int, int]]:
+    """Where a phrase ends that means one thing alone, and the thing's number."""
+    pieces = [tokenizer.token_bytes(id_) for id_ in ids]  # their bounds need not be those of words, nor of characters
+    ends = list(accumulate(map(len, pieces)))
+    for phrase in re.finditer(b"|".join(PHRASES), b"".join(pieces)):
+        colour, shape = PHRASES[phrase[0]]
+        meant = group(scene, colour, shape).things
+        if len(meant) == 1:
+            yield bisect_left(ends, phrase.end()), 1 + scene.things.index(meant[0])
 
 
 def _nearest(scene: Scene, corners: str) -> int:
