@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from qwenvl.training.recipes.tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss, dense_targets
-from qwenvl.training.recipes.tiny_pointing import HEADS, LAYERS, LETTER, aims, pointing_loss, telling_loss
+from qwenvl.training.recipes.tiny_pointing import (
+    HEADS,
+    LAYERS,
+    LETTER,
+    aims,
+    attention_at,
+    pointing_loss,
+    tallies,
+    tallying_loss,
+    telling_loss,
+)
 from qwenvl.training.recipes.tiny_scenes import Split, scene
 
 
@@ -205,3 +215,50 @@ def test_nothing_to_tell() -> None:
     loss.backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()
+
+
+# How many there are
+
+
+def test_tallies() -> None:
+    """Each phrase's token, and the cells of each thing that it means in its row's picture, letters apart."""
+    dense = torch.cat((cells([0, 2, 2, 1], [0, 7, 4, 0]), cells([1, 1, 0, 2])))
+    found = tallies(pointing(6, {4: 1 + 2 + 4, 5: 1}, {2: 1 + 8, 3: 1 + 4}), dense)
+    assert (found.rows.tolist(), found.columns.tolist()) == ([0, 0, 1, 1], [4, 5, 2, 3])
+    assert found.cells.shape == (4, 6, 4)
+    wanted = {(0, 0): [0, 0, 0, 1], (0, 1): [0, 1, 1, 0], (3, 1): [0, 0, 0, 1]}  # a third thing is on no cell
+    for phrase, thing in itertools.product(range(4), range(6)):
+        assert found.cells[phrase, thing].int().tolist() == wanted.get((phrase, thing), [0, 0, 0, 0])
+
+
+def looking(*shares: list[float]) -> tuple[Tensor, Tensor]:
+    """Attention [K,1,7] of tokens that give these shares to four columns from the first, and which are visual."""
+    given = torch.zeros(len(shares), 1, 7)
+    given[:, 0, 1:5] = torch.tensor(shares)
+    given[:, 0, 0] = 1 - given.sum(dim=2)[:, 0]
+    return given, visual(7, 1)
+
+
+def test_tally_by_hand() -> None:
+    """A seventh for each thing, over all its cells, is no loss; else the divergence, alike over phrases and heads."""
+    dense = cells([1, 1, 2, 0])
+    seventh = 1 / 7
+    both, one, none = 1 + 2 + 4, 1 + 2, 1
+    exact = {both: [0.1, seventh - 0.1, seventh, 0.3], one: [0, seventh, 0.4, 0], none: [0, 0, 0, 0]}
+    for phrase, shares in exact.items():
+        given, where = looking(shares)
+        assert abs(tallying_loss([given], where, tallies(pointing(7, {5: phrase}), dense)).item()) < 1e-5
+    given, where = looking([0.25, 0.25, 0.1, 0], [0, seventh, 0, 0])
+    loss = tallying_loss([given, given], where, tallies(pointing(7, {5: both, 6: one}), dense))
+    expected = seventh * (math.log(seventh / 0.5) + math.log(seventh / 0.1)) + 5 / 7 * math.log(5 / 7 / 0.4)
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_attention_at() -> None:
+    """That of the tokens asked for, as the decoder's causal attention has it, whatever stands behind them."""
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 2, 6, 4), torch.randn(3, 2, 6, 4)
+    rows, columns = torch.tensor([0, 0, 2]), torch.tensor([1, 5, 3])
+    hidden = torch.ones(6, 6).triu(1).bool()
+    whole = (query @ key.transpose(2, 3) / 2).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    assert torch.allclose(attention_at(rows, columns, query, key), whole[rows, :, columns], atol=1e-6)

@@ -15,8 +15,20 @@ from qwenvl.text.tokenizer import Tokenizer
 from qwenvl.training.recipes import tiny
 from qwenvl.training.recipes.tiny import Student, answer_loss, sight_loss
 from qwenvl.training.recipes.tiny_data import TASKS, SceneBatch, SceneDataset, SceneSample, collate_scenes
-from qwenvl.training.recipes.tiny_pointing import HEADS, LAYERS, aims, pointing_loss, telling_loss, watched
+from qwenvl.training.recipes.tiny_pointing import (
+    HEADS,
+    LAYERS,
+    TALLYING,
+    aims,
+    pointing_loss,
+    tallies,
+    tallying_loss,
+    telling_loss,
+    watched,
+)
 from qwenvl.training.recipes.tiny_scenes import Split
+
+WEIGHTS = ("POINTING", "TELLING", "COUNTING")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,7 @@ def test_the_loss_is_next_token_loss_and_sight(
     student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one batch: the cross entropy of each row alone, added up, and `beside` times the dense loss for each label."""
-    weigh(monkeypatch, 0.0, 0.0)
+    weigh(monkeypatch, 0.0, 0.0, 0.0)
     batch = collate_scenes(samples)
     with torch.no_grad():
         loss, count = answer_loss(student, batch, beside=0.0)
@@ -70,16 +82,16 @@ def test_the_loss_is_next_token_loss_and_sight(
         assert (more - loss).item() == pytest.approx((0.5 * sight / 3 * count).item(), rel=1e-4)
 
 
-def weigh(patch: pytest.MonkeyPatch, pointing: float, telling: float) -> None:
-    """Give the two losses of guidance other weights."""
-    patch.setattr(tiny, "POINTING", pointing)
-    patch.setattr(tiny, "TELLING", telling)
+def weigh(patch: pytest.MonkeyPatch, *weights: float) -> None:
+    """Give the losses of guidance other weights: pointing, telling, counting."""
+    for name, weight in zip(WEIGHTS, weights, strict=True):
+        patch.setattr(tiny, name, weight)
 
 
 def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *weights: float) -> tuple[Tensor, Tensor]:
-    """What pointing and telling, so weighed, add to the answers' loss, and the number of labels."""
+    """What pointing, telling and counting, so weighed, add to the answers' loss, and the number of labels."""
     losses = []
-    for own in (weights, (0.0, 0.0)):
+    for own in (weights, (0.0, 0.0, 0.0)):
         with patch.context() as here:
             weigh(here, *own)
             losses.append(answer_loss(student, batch, beside=0.5))
@@ -89,14 +101,14 @@ def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *we
 
 
 def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """POINTING times the pointing loss and TELLING times the telling loss for each label.
+    """POINTING times the pointing loss, TELLING times the telling and COUNTING times the tallying loss for each label.
 
-    Both are about each row's own first picture; what is told is read off behind the layers that point, as it is off
+    All are about each row's own first picture; what is told is read off behind the layers that point, as it is off
     the visual tokens.
     """
     batch = collate_scenes(samples)
-    assert [bool(points.any()) for points in batch.points] == [False, True, True]
-    batch.points[0, len(samples[0].ids) - 1] = 1  # comparisons do not point, but what if they did
+    assert batch.points.any(dim=1).all()
+    assert [len(one.dense) for one in samples] == [2, 1, 1]
     with torch.no_grad():
         output: Output = student.model(batch.input_ids, batch.pixels, return_attentions=True, return_hidden=True)
         visual = batch.input_ids == student.config.visual.image_pad_id
@@ -104,13 +116,19 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
         maps = [(output.attentions or ())[layer] for layer in LAYERS]
         pointing = pointing_loss([map_[found.rows, :, found.columns][:, HEADS] for map_ in maps], visual, found)
         telling = telling_loss(student.token_heads, (output.hidden_states or ())[1 + max(LAYERS)], found)
+        phrases = tallies(batch.groups, torch.stack([one.dense[0] for one in samples]))
+        looks = [map_[phrases.rows, :, phrases.columns][:, TALLYING] for map_ in maps]
+        tallying = tallying_loss(looks, visual, phrases)
+        assert len(phrases.rows) > 2
+        assert tallying > 0.01
         assert pointing > 1  # nobody has learned it
         assert telling > 5
-        for weights in ((1.0, 0.0), (0.0, 1.0), (tiny.POINTING, tiny.TELLING)):
+        chosen = (tiny.POINTING, tiny.TELLING, tiny.COUNTING)
+        for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 10.0), chosen):
             term, count = guidance(student, batch, monkeypatch, *weights)
-            expected = (weights[0] * pointing + weights[1] * telling) * count
+            expected = (weights[0] * pointing + weights[1] * telling + weights[2] * tallying) * count
             assert term.item() == pytest.approx(expected.item(), rel=1e-3), weights
-    assert min(tiny.POINTING, tiny.TELLING) > 0
+    assert min(chosen) > 0
 
 
 def test_watching_ends(student: Student) -> None:
@@ -126,7 +144,7 @@ def test_watching_ends(student: Student) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert [query.shape[1:3] for query, _ in seen] == [(len(HEADS), 3)] * len(LAYERS)
+    assert [query.shape[2] for query, _ in seen] == [3] * len(LAYERS)
     student.model(ids)
     assert len(seen) == len(LAYERS)
 
@@ -141,9 +159,9 @@ def test_what_is_told_comes_from_behind_the_pointing_layers(student: Student) ->
     assert torch.equal((output.hidden_states or ())[1 + max(LAYERS)], seen[0])
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)], ids=["pointing", "telling"])
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 10.0)], ids=WEIGHTS)
 def test_guidance_is_learned_by_all_that_leads_to_it(
-    student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float]
+    student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float, float]
 ) -> None:
     """The attention of every layer up to the last that points, and the resampler; the output's layer has no part."""
     term, _ = guidance(student, collate_scenes(samples), monkeypatch, *weights)
@@ -155,9 +173,11 @@ def test_guidance_is_learned_by_all_that_leads_to_it(
 
 
 def test_nothing_to_look_at(student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that only compares pictures has a loss without that part, and gradients that are numbers."""
+    """A batch that asks about no thing has a loss without that part, and gradients that are numbers."""
     batch = collate_scenes(samples[:1])
-    term, _ = guidance(student, batch, monkeypatch, 1.0, 1.0)
+    batch.points.zero_()
+    batch.groups.zero_()
+    term, _ = guidance(student, batch, monkeypatch, 1.0, 1.0, 1.0)
     assert term == 0
     loss, _ = answer_loss(student, batch, beside=0.5)
     loss.backward()

@@ -12,7 +12,7 @@ from qwenvl.text.boxes import Box
 from qwenvl.text.prompt import training_example
 from qwenvl.text.tokenizer import SPECIALS, Tokenizer
 from qwenvl.training.recipes.tiny_dense import LETTERING, LETTERS, dense_targets
-from qwenvl.training.recipes.tiny_pointing import LETTER, NEAR, points
+from qwenvl.training.recipes.tiny_pointing import LETTER, NEAR, groups, points
 from qwenvl.training.recipes.tiny_scenes import COLOURS, Scene, Thing, letters
 
 RED, ALSO_RED, BLUE = "(100,100),(300,500)", "(0,600),(200,1000)", "(600,500),(900,900)"
@@ -138,6 +138,28 @@ def test_phrases_in_questions(tokenizer: Tokenizer, asked: str, expected: list[t
     found = points(tokenizer, ids, labels, holding())
     rest = [(thing, tokenizer.decode(ids[at + 1 :])) for at, thing in enumerate(found) if thing]
     assert [(thing, text[:1]) for thing, text in rest] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("How many shapes are there?", [{1, 2, 4}]),  # not the word
+        ("Count the circles.", [{1, 4}]),
+        ("有几个红色图形？", [{1, 4}]),
+        ("Is there a blue square?", [{2}]),
+        ("Is there a green circle?", [set()]),
+        ("Is the red circle above the blue square?", [{1, 4}, {2}]),
+        ("Read the text.", []),
+    ],
+)
+def test_groups(tokenizer: Tokenizer, asked: str, meant: list[set[int]]) -> None:
+    """Where a question's phrase ends, all that it means, be it nothing; answers are no questions."""
+    ids, labels = chat(tokenizer, asked, "a blue square.")
+    found = [group for group in groups(tokenizer, ids, labels, holding()) if group]
+    assert [{number for number in range(1, 9) if group >> number & 1} for group in found] == meant
+    assert all(group & 1 for group in found)
+    ends = [at for at, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
+    assert {at for at, thing in enumerate(points(tokenizer, ids, labels, holding())) if thing} <= set(ends)
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,25 @@ from .tiny_curves import plot
 from .tiny_data import CAPTIONS, CHAT, TASKS, SceneBatch, SceneDataset, Stage, collate_scenes
 from .tiny_dense import DenseHeads, dense_loss
 from .tiny_evaluate import LONGEST, evaluate, questions, report
-from .tiny_pointing import LAYERS, aims, attention_at, pointing_loss, telling_loss, watched
+from .tiny_pointing import (
+    HEADS,
+    LAYERS,
+    TALLYING,
+    aims,
+    attention_at,
+    pointing_loss,
+    tallies,
+    tallying_loss,
+    telling_loss,
+    watched,
+)
 from .tiny_scenes import Split
 from .tiny_vocabulary import MERGES, vocabulary
 
 SEED = 2308
 NOTE = "a demonstration: it knows drawn shapes and short printed words, not photographs"
-POINTING, TELLING = 0.3, 0.1  # weights of the losses on where to look and on what is seen there
+# Weights of the losses on where to look, on what is seen there, and on how many there are.
+POINTING, TELLING, COUNTING = 0.3, 0.1, 0.3
 MEASURED = 300  # test questions of each row and language, at the end
 WATCHED = 12  # validation questions of each row and language, during training
 
@@ -135,18 +147,25 @@ def answer_loss(student: Student, batch: SceneBatch, *, beside: float) -> tuple[
 def _guidance(
     student: Student, batch: SceneBatch, hidden: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """The loss of looking elsewhere than at what an answer is about, and of not telling what is there; 0 without aims.
+    """The loss of looking elsewhere than at what an answer is about, of not telling what is there, or how many.
 
     hidden: the states [B,T,C] before each layer. seen: queries and keys of the layers that point.
     """
     visual = batch.input_ids == student.config.visual.image_pad_id
     pictures = visual.sum(dim=1) // student.config.visual.n_queries
-    found = aims(batch.points, batch.dense[pictures.cumsum(dim=0) - pictures])  # in each row's first picture
-    if not len(found.rows):
-        return hidden[0].new_zeros(())
-    looks = pointing_loss([attention_at(found, *layer) for layer in seen], visual, found)
-    told = telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
-    return POINTING * looks + TELLING * told
+    first = batch.dense[pictures.cumsum(dim=0) - pictures]  # each row's first picture
+    found = aims(batch.points, first)
+    phrases = tallies(batch.groups, first)
+    loss = hidden[0].new_zeros(())
+    if len(found.rows):
+        looks = [attention_at(found.rows, found.columns, query[:, HEADS], key[:, HEADS]) for query, key in seen]
+        loss = loss + POINTING * pointing_loss(looks, visual, found)
+        loss = loss + TELLING * telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
+    if len(phrases.rows):
+        heads = [(query[:, TALLYING], key[:, TALLYING]) for query, key in seen]
+        looks = [attention_at(phrases.rows, phrases.columns, *layer) for layer in heads]
+        loss = loss + COUNTING * tallying_loss(looks, visual, phrases)
+    return loss
 
 
 @dataclass(frozen=True)

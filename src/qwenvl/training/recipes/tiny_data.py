@@ -20,7 +20,7 @@ from ...text.prompt import IGNORED_LABEL, training_example
 from ...text.tokenizer import IMAGE_TAGS, Tokenizer
 from ..batches import Batch, Sample, collate
 from .tiny_dense import dense_targets
-from .tiny_pointing import points
+from .tiny_pointing import groups, points
 from .tiny_questions import SKILLS, Exchange, compare, dialogue, raw_form
 from .tiny_scenes import Scene, Split, draw, scene
 from .tiny_words import LANGUAGES, Language
@@ -79,34 +79,37 @@ STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
 
 @dataclass(frozen=True)
 class SceneSample(Sample):
-    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and the thing that each token is about."""
+    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and the things that each token is about."""
 
     dense: Tensor = field(repr=False)
     points: list[int]
+    groups: list[int]
 
 
 @dataclass(frozen=True)
 class SceneBatch(Batch):
-    """A batch, what the cells of its pictures hold (dense [N,Q,8]), and points [B,T], 0 at padding."""
+    """A batch, what the cells of its pictures hold (dense [N,Q,8]), and points and groups [B,T], 0 at padding."""
 
     dense: Tensor = field(repr=False)
     points: Tensor
+    groups: Tensor
 
     def to(self, device: torch.device) -> SceneBatch:
         """The same on another device."""
         moved = super().to(device)
         assert isinstance(moved, SceneBatch)
-        return replace(moved, dense=self.dense.to(device), points=self.points.to(device))
+        return replace(moved, dense=self.dense.to(device), points=self.points.to(device), groups=self.groups.to(device))
 
 
 def collate_scenes(samples: Sequence[SceneSample]) -> SceneBatch:
     """Samples as a batch."""
     batch = collate(samples)
     parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
-    points = torch.zeros_like(batch.input_ids)
+    points, groups = torch.zeros_like(batch.input_ids), torch.zeros_like(batch.input_ids)
     for row, sample in enumerate(samples):
         points[row, : len(sample.points)] = torch.tensor(sample.points)
-    return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]), points=points)
+        groups[row, : len(sample.groups)] = torch.tensor(sample.groups)
+    return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]), points=points, groups=groups)
 
 
 class SceneDataset:
@@ -146,7 +149,8 @@ class SceneDataset:
         pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
         dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
         source = f"{self.split.name.lower()} seed {seeds[0]}"
-        return SceneSample(ids, labels, pixels, source, dense, points(self.tokenizer, ids, labels, scenes[0]))
+        told = self.tokenizer, ids, labels, scenes[0]
+        return SceneSample(ids, labels, pixels, source, dense, points(*told), groups(*told))
 
     def _exchanges(self, rng: random.Random, scene: Scene, language: Language, raw: bool) -> list[Exchange]:
         """Questions about a scene, none asked twice, as many as a sequence's budget holds, or one."""

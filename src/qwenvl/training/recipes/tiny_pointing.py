@@ -10,6 +10,9 @@ prompts are those without it.
     aims             the same for a batch, as cells of the grid
     watched          what the layers that point look with
     pointing_loss    the attention that the cells do not receive
+    groups           for every token of a sequence, what the phrase that ends there means
+    tallies          the same for a batch, as cells of the grid
+    tallying_loss    how far attention is from telling how many these are
     telling_loss     what hidden states do not tell of them
 """
 
@@ -24,6 +27,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +41,8 @@ from .tiny_words import LANGUAGES
 
 LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
 HEADS = [0, 1, 2]  # of 6
+TALLYING = [3, 4]  # heads of the same layers
+MOST = 6  # things in a picture, the word among them
 # What a phrase means; in this order, the longest is found first.
 PHRASES = {
     language.phrase(colour, shape, number).encode(): (colour, shape)
@@ -44,7 +50,6 @@ PHRASES = {
     for colour in (*COLOURS, None)
     for shape in (*SHAPES, None)
     for number in (2, 1)
-    if colour or shape
 }
 NEAR = 100  # thousandths that the corners of a box may be off altogether: questions name them inexactly
 LETTER = 16  # from here on, the letters' classes; below, the things' numbers
@@ -58,9 +63,9 @@ def points(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scen
     word. In a question: where a box or the phrase of one thing alone ends, since nobody can know before that.
     """
     found = [0] * len(ids)
-    for at, number in _mentions(tokenizer, ids, scene):
-        if labels[at] == IGNORED_LABEL:
-            found[at] = number
+    for at, meant in _mentions(tokenizer, ids, scene):
+        if labels[at] == IGNORED_LABEL and len(meant) == 1:
+            found[at] = meant[0]
     phrase = box = 0
     for at, id_ in enumerate(ids):
         learned = labels[at] != IGNORED_LABEL
@@ -80,15 +85,22 @@ def points(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scen
     return found
 
 
-def _mentions(tokenizer: Tokenizer, ids: Sequence[int], scene: Scene) -> Iterator[tuple[int, int]]:
-    """Where a phrase ends that means one thing alone, and the thing's number."""
+def groups(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scene: Scene) -> list[int]:
+    """For each of `ids`, where a phrase ends in a question: 1, and 2 ** n for every thing n that it means; else 0."""
+    found = [0] * len(ids)
+    for at, meant in _mentions(tokenizer, ids, scene):
+        if labels[at] == IGNORED_LABEL:
+            found[at] = 1 + sum(2**number for number in meant)
+    return found
+
+
+def _mentions(tokenizer: Tokenizer, ids: Sequence[int], scene: Scene) -> Iterator[tuple[int, list[int]]]:
+    """Where a phrase ends, and the numbers of the things that it means."""
     pieces = [tokenizer.token_bytes(id_) for id_ in ids]  # their bounds need not be those of words, nor of characters
     ends = list(accumulate(map(len, pieces)))
     for phrase in re.finditer(b"|".join(PHRASES), b"".join(pieces)):
-        colour, shape = PHRASES[phrase[0]]
-        meant = group(scene, colour, shape).things
-        if len(meant) == 1:
-            yield bisect_left(ends, phrase.end()), 1 + scene.things.index(meant[0])
+        meant = group(scene, *PHRASES[phrase[0]]).things
+        yield bisect_left(ends, phrase.end()), [1 + scene.things.index(thing) for thing in meant]
 
 
 def _nearest(scene: Scene, corners: str) -> int:
@@ -142,7 +154,7 @@ def aims(points: Tensor, dense: Tensor) -> Aims:
 
 @contextmanager
 def watched(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While it lasts, the queries and keys [B,3,T,D] of HEADS are appended for each of LAYERS that computes.
+    """While it lasts, queries and keys [B,H,T,D] are appended for each of LAYERS that computes.
 
     Whole attention maps would double the work of attention, for rows of which most are not looked at.
     """
@@ -154,7 +166,7 @@ def watched(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     def note(attention: Attention, qkv: Tensor) -> None:
         query, key, _ = attention.split(qkv, contexts.pop())
-        seen.append((query[:, HEADS], key[:, HEADS]))
+        seen.append((query, key))
 
     hooks: list[RemovableHandle] = []
     for layer in LAYERS:
@@ -169,14 +181,21 @@ def watched(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
             hook.remove()
 
 
-def attention_at(aims: Aims, query: Tensor, key: Tensor) -> Tensor:
-    """Causal attention [K,H,T] from the aims' tokens, of queries and keys [B,H,T,D] of right-padded rows."""
-    seats = torch.arange(len(aims.rows), device=query.device) - torch.searchsorted(aims.rows, aims.rows)  # in each row
+def attention_at(rows: Tensor, columns: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Causal attention [K,H,T] from K tokens, row by row, of queries and keys [B,H,T,D] of right-padded rows."""
+    seats = torch.arange(len(rows), device=query.device) - torch.searchsorted(rows, rows)  # within each row
     seated = query.new_zeros(len(query), int(seats.max()) + 1, query.shape[1], query.shape[3])
-    seated[aims.rows, seats] = query[aims.rows, :, aims.columns]
+    seated[rows, seats] = query[rows, :, columns]
     scores: Tensor = seated.transpose(1, 2) @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    later = torch.arange(key.shape[2], device=key.device) > aims.columns[:, None, None]
-    return scores[aims.rows, :, seats].float().masked_fill(later, -torch.inf).softmax(dim=-1)
+    later = torch.arange(key.shape[2], device=key.device) > columns[:, None, None]
+    return scores[rows, :, seats].float().masked_fill(later, -torch.inf).softmax(dim=-1)
+
+
+def _received(attention: Sequence[Tensor], visual: Tensor, rows: Tensor, cells: int) -> Tensor:
+    """Of attention [K,H,T] of every layer, what the cells of each row's first picture receive: [K,.,Q]."""
+    standing = visual.int().argsort(dim=1, descending=True, stable=True)[rows, :cells]  # [K,Q]
+    given = torch.cat(list(attention), dim=1)
+    return given.gather(2, standing[:, None].expand(-1, given.shape[1], -1))
 
 
 def pointing_loss(attention: Sequence[Tensor], visual: Tensor, aims: Aims) -> Tensor:
@@ -184,10 +203,41 @@ def pointing_loss(attention: Sequence[Tensor], visual: Tensor, aims: Aims) -> Te
 
     attention: [K,H,T] of every layer; visual [B,T]: true at visual tokens, of which a row's first Q count.
     """
-    standing = visual.int().argsort(dim=1, descending=True, stable=True)[aims.rows, : aims.cells.shape[1]]  # [K,Q]
-    given = torch.stack(list(attention), dim=1).flatten(1, 2)  # [K,.,T]
-    received = given.gather(2, standing[:, None].expand(-1, given.shape[1], -1)) * aims.cells[:, None]  # [K,.,Q]
+    received = _received(attention, visual, aims.rows, aims.cells.shape[1]) * aims.cells[:, None]
     return -received.sum(dim=-1).clamp(min=1e-6).log().mean()
+
+
+@dataclass(frozen=True)
+class Tallies:
+    """The K tokens of a batch where a question's phrase ends: rows [K], columns [K], and cells [K,6,Q], true where the
+    n-th thing is if the phrase means it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    cells: Tensor
+
+
+def tallies(groups: Tensor, dense: Tensor) -> Tallies:
+    """Those of groups [B,T], given the dense targets [B,Q,8] of each row's first picture."""
+    rows, columns = groups.nonzero(as_tuple=True)
+    numbers = torch.arange(1, 1 + MOST, device=groups.device)[:, None]
+    meant = groups[rows, columns, None, None] >> numbers & 1
+    return Tallies(rows, columns, (dense[rows, None, :, NUMBER] == numbers) & meant.bool())
+
+
+def tallying_loss(attention: Sequence[Tensor], visual: Tensor, tallies: Tallies) -> Tensor:
+    """How far the attention is from a tally, as a mean Kullback-Leibler divergence over phrases, layers and heads.
+
+    In a tally each thing that is meant receives a seventh, whatever its size, and what is not meant gets the rest: so
+    the mix of what is attended to tells how many there are, or that there is none.
+    """
+    received = _received(attention, visual, tallies.rows, tallies.cells.shape[2])
+    things = received @ tallies.cells.transpose(1, 2).type_as(received)  # [K,.,6]
+    shares = torch.cat((things, 1 - things.sum(dim=-1, keepdim=True)), dim=-1).clamp(min=1e-6)
+    wanted = tallies.cells.any(dim=2).type_as(shares) / (1 + MOST)
+    wanted = torch.cat((wanted, 1 - wanted.sum(dim=-1, keepdim=True)), dim=-1)[:, None]
+    return F.kl_div(shares.log(), wanted.expand_as(shares), reduction="sum") / shares[..., 0].numel()
 
 
 def telling_loss(heads: DenseHeads, hidden: Tensor, aims: Aims) -> Tensor:
