@@ -112,25 +112,28 @@ def killed(folder: Path, kill: str) -> None:
     fit(small_model(), samples(), options(), folder, objective=kill_in_update(21 if kill == "update" else 10**6))
 
 
+def packed_model() -> QwenVL:
+    """A small model with random weights in 4 bits."""
+    config = small_config(quantization_config={"group_size": 32})
+    model = random_model(config)
+    quantize_structure(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("qweight"):
+            buffer.copy_(torch.randint(-(2**31), 2**31, buffer.shape, generator=generator).to(torch.int32))
+        elif name.endswith("qzeros"):
+            buffer.fill_(0x77777777)  # codes stand for -8 to 7
+        elif name.endswith("scales"):
+            buffer.fill_(0.02)
+    return model
+
+
 def partly_trained(method: str) -> QwenVL:
     """A small model with LoRA, LoRA over 4 bits, or its vision tower frozen."""
+    model = packed_model() if method == "qlora" else small_model()
     if method == "frozen":
-        model = small_model()
         trainable_for_fine_tuning(model)
         return model
-    model = small_model()
-    if method == "qlora":
-        packed = small_config(quantization_config={"group_size": 32})
-        model = random_model(packed)
-        quantize_structure(model, packed)
-        generator = torch.Generator().manual_seed(0)
-        for name, buffer in model.named_buffers():
-            if name.endswith("qweight"):
-                buffer.copy_(torch.randint(-(2**31), 2**31, buffer.shape, generator=generator).to(torch.int32))
-            elif name.endswith("qzeros"):
-                buffer.fill_(0x77777777)  # codes stand for -8 to 7
-            elif name.endswith("scales"):
-                buffer.fill_(0.02)
     torch.manual_seed(1)
     add_lora(model, LoraOptions(r=4, dropout=0.0))
     return model

@@ -74,6 +74,19 @@ def test_ranks_that_begin_differently(monkeypatch: pytest.MonkeyPatch) -> None:
         shard(small_model(), Devices(0, 2, torch.device("cpu")))
 
 
+def check_partly_trained(method: str, folder: Path) -> None:
+    """Two ranks left their log and their adapter in a folder of this name: those of one rank are the same."""
+    model, alone = partly_trained(method), folder / f"{method}-alone"
+    fit(model, samples(), rank_options(5), alone, quiet=True)
+    for ours, theirs in zip(log_lines(folder / method), log_lines(alone), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5), method
+    if method != "frozen":
+        save_adapter(model, alone / "adapter")
+        one, other = (load_file(where / "adapter" / ADAPTER_FILE) for where in (folder / method, alone))
+        assert one.keys() == other.keys()
+        assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4, method
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Losses, evaluation and weights of two gloo ranks are those of one; each goes on from the other's checkpoint.
@@ -106,17 +119,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
             assert (tensor - expected[name]).abs().median() < 1e-5, name
 
     for method in PARTLY:
-        model = partly_trained(method)
-        fit(model, samples(), rank_options(5), tmp_path / f"{method}-alone", quiet=True)
-        ours, theirs = (log_lines(tmp_path / name) for name in (method, f"{method}-alone"))
-        for one, other in zip(ours, theirs, strict=True):
-            assert one == pytest.approx(other, abs=1e-5, rel=1e-5), method
-        if method != "frozen":
-            save_adapter(model, tmp_path / f"{method}-alone" / "adapter")
-            one, other = (load_file(tmp_path / name / "adapter" / ADAPTER_FILE) for name in (method, f"{method}-alone"))
-            assert one.keys() == other.keys()
-            assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4, method
-
+        check_partly_trained(method, tmp_path)
     halves = [log_lines(tmp_path / name)[0]["loss"] for name in ("half", "half-alone")]
     assert halves[0] == pytest.approx(halves[1], rel=1e-5)  # AdamW enlarges what rounding does to later ones
     for name in ("own", "theirs"):

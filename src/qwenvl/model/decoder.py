@@ -62,10 +62,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * heads * head_size)
         self.c_proj = nn.Linear(heads * head_size, width, bias=False)
 
-    def split(self, qkv: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, qkv: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, both rotated, the queries scaled too, and values, each [B,H,T,D]; qkv: [B,T,3HD]."""
         qkv = qkv.unflatten(-1, (3, self.heads, self.head_size)).transpose(1, 2)  # [B,3,T,H,D]
-        turning, value = qkv.split((2, 1), dim=1)
+        turning, value = qkv.split((2, 1), dim=1)  # not slices: the gradient of each would be as large as the whole
         query, key = rotate(turning, context.cos, context.sin).unbind(1)
         if context.logn is not None:
             query = query * context.logn
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int, maps: list[Tensor] | None) -> Tensor:
         """[B,T,C] to [B,T,C]; the attention map [B,H,T,S] is appended to `maps` if there is such a list."""
-        query, key, value = self.split(self.c_attn(x), context)
+        query, key, value = self.queries_keys_values(self.c_attn(x), context)
         if context.cache is not None and context.slots is not None:
             key, value = context.cache.append(layer, key, value, context.slots, context.bucket)
         if maps is None:

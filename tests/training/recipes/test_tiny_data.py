@@ -31,7 +31,7 @@ from qwenvl.training.recipes.tiny_data import (
     collate_scenes,
 )
 from qwenvl.training.recipes.tiny_dense import LETTERS, dense_targets
-from qwenvl.training.recipes.tiny_pointing import LETTER
+from qwenvl.training.recipes.tiny_pointing import LETTER, MOST
 from qwenvl.training.recipes.tiny_questions import place
 from qwenvl.training.recipes.tiny_scenes import Split, draw, scene
 from qwenvl.training.recipes.tiny_words import ENGLISH, LANGUAGES
@@ -71,7 +71,7 @@ def same(one: SceneSample, other: SceneSample) -> bool:
     """Everything in them."""
     assert one.pixels is not None
     assert other.pixels is not None
-    texts = (one.ids, one.labels, one.source, one.points) == (other.ids, other.labels, other.source, other.points)
+    texts = all(getattr(one, name) == getattr(other, name) for name in ("ids", "labels", "source", "points", "groups"))
     return texts and torch.equal(one.pixels, other.pixels) and torch.equal(one.dense, other.dense)
 
 
@@ -97,7 +97,7 @@ def test_form_of_samples(tokenizer: Tokenizer, stage: Stage, undrawn: None) -> N
     pairs = longest = 0
     for index in range(30_000, 30_600):
         sample = data[index]
-        assert len(sample.ids) == len(sample.labels) == len(sample.points)
+        assert len(sample.ids) == len(sample.labels) == len(sample.points) == len(sample.groups)
         assert all(label in (id_, -100) for id_, label in zip(sample.ids, sample.labels, strict=True))
         assert not {pad, start, end} & set(sample.labels)  # a picture is never an answer
         assert sum(label != -100 for label in sample.labels) >= 2
@@ -192,6 +192,7 @@ def test_points_are_about_the_picture(tokenizer: Tokenizer, stage: Stage, undraw
             assert sum(point > 0 for point in sample.points) <= sum(group > 0 for group in sample.groups) == 1
             kinds.add("pair")
             continue
+        assert len(shown.things) <= MOST
         letters = "".join(LETTERS[point - LETTER - 1] for point in sample.points if point > LETTER)
         word = "" if shown.text is None else str(shown.text.word)
         assert letters == word * (len(letters) // max(len(word), 1))
@@ -278,7 +279,7 @@ def test_workers_do_not_matter(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     for one, other in zip(batches(0), batches(2), strict=True):
         assert one.sources == other.sources
-        for name in ("input_ids", "labels", "pixels", "dense", "points"):
+        for name in ("input_ids", "labels", "pixels", "dense", "points", "groups"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -291,20 +292,22 @@ def test_a_batch_holds_all_pictures(tokenizer: Tokenizer) -> None:
     assert batch.dense.shape == (4, 64, 8)
     assert batch.pixels is not None
     assert batch.pixels.shape == (4, 3, 112, 112)
-    tensors = (batch.dense, batch.points, batch.pixels, batch.input_ids, batch.labels)
+    tensors = (batch.dense, batch.points, batch.groups, batch.pixels, batch.input_ids, batch.labels)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert torch.equal(collate_scenes([pair, single]).dense, torch.cat([pair.dense, single.dense]))
 
 
-def test_points_stand_beside_the_ids(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("name", ["points", "groups"])
+def test_points_and_groups_stand_beside_the_ids(tokenizer: Tokenizer, name: str) -> None:
     """In a batch each row has its own, from the first column, and nothing to look at where it is padded."""
     samples = [dataset(tokenizer, TASKS)[index] for index in range(6)]
     batch = collate_scenes(samples)
-    assert batch.points.shape == batch.input_ids.shape
-    assert batch.points.dtype == torch.int64
-    assert batch.points.any()
-    for row, sample in zip(batch.points.tolist(), samples, strict=True):
-        assert row == sample.points + [0] * (len(row) - len(sample.ids))
+    table = getattr(batch, name)
+    assert table.shape == batch.input_ids.shape
+    assert table.dtype == torch.int64
+    assert table.any()
+    for row, sample in zip(table.tolist(), samples, strict=True):
+        assert row == getattr(sample, name) + [0] * (len(row) - len(sample.ids))
 
 
 def test_stages() -> None:

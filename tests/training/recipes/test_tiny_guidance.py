@@ -12,8 +12,6 @@ from torch import Tensor
 
 from qwenvl.training.recipes.tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss, dense_targets
 from qwenvl.training.recipes.tiny_pointing import (
-    HEADS,
-    LAYERS,
     LETTER,
     aims,
     attention_at,
@@ -32,24 +30,26 @@ def cells(numbers: Sequence[int], classes: Sequence[int] = (0, 0, 0, 0)) -> Tens
     return made
 
 
-def attending(tokens: int, *rows: dict[int, list[float]], firsts: Sequence[int] = (1, 1)) -> list[Tensor]:
-    """Maps of three layers and a head too many, at random but for the heads that point, where tokens are given.
+HEADS = 6  # three of each of two layers
+
+
+def attending(tokens: int, *rows: dict[int, list[float]], firsts: Sequence[int] = (1, 1)) -> Tensor:
+    """Attention [B,6,T,T] at random, but where tokens are given.
 
     A token has eight numbers: what it gives to four columns from the row's first, in the one layer and in the other.
     """
-    maps = [torch.rand(len(rows), 1 + max(HEADS) + 1, tokens, tokens) for _ in range(3)]
+    maps = torch.rand(len(rows), HEADS, tokens, tokens)
     for row, (given, first) in enumerate(zip(rows, firsts, strict=False)):
         for token, shares in given.items():
-            for layer, share in zip(LAYERS, (shares[:4], shares[4:]), strict=True):
-                maps[layer][row, HEADS, token, first : first + 4] = torch.tensor(share)
+            maps[row, :3, token, first : first + 4] = torch.tensor(shares[:4])
+            maps[row, 3:, token, first : first + 4] = torch.tensor(shares[4:])
     return maps
 
 
-def loss_of(maps: Sequence[Tensor], wanted: Tensor, where: Tensor, dense: Tensor) -> Tensor:
+def loss_of(maps: Tensor, wanted: Tensor, where: Tensor, dense: Tensor) -> Tensor:
     """The pointing loss of what points [B,T] aim at."""
     found = aims(wanted, dense)
-    looks = [maps[layer][found.rows, :, found.columns][:, HEADS] for layer in LAYERS]
-    return pointing_loss(looks, where, found)
+    return pointing_loss(maps[found.rows, :, found.columns], where, found)
 
 
 def visual(tokens: int, *firsts: int, count: int = 4) -> Tensor:
@@ -88,27 +88,26 @@ def test_tokens_weigh_alike() -> None:
     assert loss.item() == pytest.approx(math.log(2) / 4, rel=1e-5)
 
 
-def test_the_heads_of_two_layers() -> None:
-    """Other heads, other layers and other tokens may look wherever they like, and so may these at what is no cell."""
+def test_every_head_is_to_look() -> None:
+    """At the thing's cells: what goes to other columns does not matter."""
     where, wanted, dense = visual(7, 1), pointing(7, {5: 1}), cells([1, 1, 0, 2])
     maps = attending(7, ONE)
     before = loss_of(maps, wanted, where, dense)
-    others = [torch.rand(map_.shape) for map_ in maps]
-    for layer in LAYERS:
-        others[layer][:, HEADS, 5, 1:5] = maps[layer][:, HEADS, 5, 1:5]
+    others = torch.rand(maps.shape)
+    others[:, :, 5, 1:3] = maps[:, :, 5, 1:3]
     assert torch.equal(loss_of(others, wanted, where, dense), before)
-    for layer, head in itertools.product(LAYERS, HEADS):
-        better = [map_.clone() for map_ in maps]
-        better[layer][:, head, 5, 1] += 0.1
+    for head in range(HEADS):
+        better = maps.clone()
+        better[:, head, 5, 1] += 0.1
         assert loss_of(better, wanted, where, dense) < before
 
 
 def test_heads_weigh_alike() -> None:
     """Each has to look by itself: the mean is over the -log of each."""
     maps, where = attending(7, ONE), visual(7, 1)
-    maps[LAYERS[0]][0, HEADS[-1], 5, 1:5] = torch.tensor([0.05, 0.05, 0, 0])  # where the others give 0.3
+    maps[0, 2, 5, 1:5] = torch.tensor([0.05, 0.05, 0, 0])  # where the others of its layer give 0.3
     loss = loss_of(maps, pointing(7, {5: 1}), where, cells([1, 1, 0, 2]))
-    given = [0.1] + [0.3] * (len(HEADS) - 1) + [0.5] * len(HEADS)
+    given = [0.1, 0.3, 0.3, 0.5, 0.5, 0.5]
     assert loss.item() == pytest.approx(-sum(map(math.log, given)) / len(given), rel=1e-5)
 
 
@@ -147,8 +146,8 @@ def test_letters() -> None:
 
 def test_looking_away_altogether_is_finite() -> None:
     """Attention that has rounded to 0 has a large loss and a gradient, not infinite ones."""
-    given = torch.zeros(1, 1 + max(HEADS), 7, 7, requires_grad=True)
-    loss = loss_of([given] * 3, pointing(7, {5: 1}), visual(7, 1), cells([1, 1, 0, 2]))
+    given = torch.zeros(1, HEADS, 7, 7, requires_grad=True)
+    loss = loss_of(given, pointing(7, {5: 1}), visual(7, 1), cells([1, 1, 0, 2]))
     assert 10 < loss < 20
     loss.backward()
     assert given.grad is not None
@@ -162,18 +161,17 @@ def test_it_can_be_learned() -> None:
     dense = dense_targets(shown, 8)[None]
     letters = [LETTER + 1 + LETTERS.index(letter) for letter in shown.text.word or ""]
     found = torch.tensor([[0] * 65 + [*range(1, 1 + len(shown.things)), *letters]])
-    scores = [torch.zeros(1, 1 + max(HEADS), *[found.shape[1]] * 2, requires_grad=True) for _ in range(3)]
-    optimizer = torch.optim.Adam(scores, lr=0.5)
+    scores = torch.zeros(1, HEADS, *[found.shape[1]] * 2, requires_grad=True)
+    optimizer = torch.optim.Adam([scores], lr=0.5)
     for _ in range(25):
         optimizer.zero_grad()
-        loss = loss_of([one.softmax(dim=-1) for one in scores], found, visual(found.shape[1], 1, count=64), dense)
+        loss = loss_of(scores.softmax(dim=-1), found, visual(found.shape[1], 1, count=64), dense)
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.02
     for number in range(1, 1 + len(shown.things)):
-        looked = scores[LAYERS[0]][0, HEADS, 64 + number, 1:65].argmax(dim=-1)
+        looked = scores[0, :, 64 + number, 1:65].argmax(dim=-1)
         assert (dense[0, looked, NUMBER] == number).all()
-    assert scores[0].abs().max() == 0
 
 
 # What is told
@@ -247,9 +245,9 @@ def test_tally_by_hand() -> None:
     exact = {both: [0.1, seventh - 0.1, seventh, 0.3], one: [0, seventh, 0.4, 0], none: [0, 0, 0, 0]}
     for phrase, shares in exact.items():
         given, where = looking(shares)
-        assert abs(tallying_loss([given], where, tallies(pointing(7, {5: phrase}), dense)).item()) < 1e-5
+        assert abs(tallying_loss(given, where, tallies(pointing(7, {5: phrase}), dense)).item()) < 1e-5
     given, where = looking([0.25, 0.25, 0.1, 0], [0, seventh, 0, 0])
-    loss = tallying_loss([given, given], where, tallies(pointing(7, {5: both, 6: one}), dense))
+    loss = tallying_loss(torch.cat((given, given), dim=1), where, tallies(pointing(7, {5: both, 6: one}), dense))
     expected = seventh * (math.log(seventh / 0.5) + math.log(seventh / 0.1)) + 5 / 7 * math.log(5 / 7 / 0.4)
     assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
 

@@ -12,23 +12,26 @@ from torch import Tensor
 from qwenvl.config import QwenVLConfig
 from qwenvl.model.qwenvl import Output, QwenVL
 from qwenvl.text.tokenizer import Tokenizer
+from qwenvl.training.parameters import recomputed_activations
 from qwenvl.training.recipes import tiny
 from qwenvl.training.recipes.tiny import Student, answer_loss, sight_loss
 from qwenvl.training.recipes.tiny_data import TASKS, SceneBatch, SceneDataset, SceneSample, collate_scenes
 from qwenvl.training.recipes.tiny_pointing import (
-    HEADS,
     LAYERS,
-    TALLYING,
+    POINTING_HEADS,
+    TALLYING_HEADS,
+    Aims,
+    Tallies,
     aims,
     pointing_loss,
+    queries_and_keys,
     tallies,
     tallying_loss,
     telling_loss,
-    watched,
 )
 from qwenvl.training.recipes.tiny_scenes import Split
 
-WEIGHTS = ("POINTING", "TELLING", "COUNTING")
+WEIGHTS = ("POINTING", "TELLING", "TALLYING")
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +86,13 @@ def test_the_loss_is_next_token_loss_and_sight(
 
 
 def weigh(patch: pytest.MonkeyPatch, *weights: float) -> None:
-    """Give the losses of guidance other weights: pointing, telling, counting."""
+    """Give the losses of guidance other weights: pointing, telling, tallying."""
     for name, weight in zip(WEIGHTS, weights, strict=True):
         patch.setattr(tiny, name, weight)
 
 
 def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *weights: float) -> tuple[Tensor, Tensor]:
-    """What pointing, telling and counting, so weighed, add to the answers' loss, and the number of labels."""
+    """What pointing, telling and tallying, so weighed, add to the answers' loss, and the number of labels."""
     losses = []
     for own in (weights, (0.0, 0.0, 0.0)):
         with patch.context() as here:
@@ -101,7 +104,7 @@ def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *we
 
 
 def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """POINTING times the pointing loss, TELLING times the telling and COUNTING times the tallying loss for each label.
+    """POINTING times the pointing loss, TELLING times the telling and TALLYING times the tallying loss for each label.
 
     All are about each row's own first picture; what is told is read off behind the layers that point, as it is off
     the visual tokens.
@@ -114,16 +117,19 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
         visual = batch.input_ids == student.config.visual.image_pad_id
         found = aims(batch.points, torch.stack([one.dense[0] for one in samples]))
         maps = [(output.attentions or ())[layer] for layer in LAYERS]
-        pointing = pointing_loss([map_[found.rows, :, found.columns][:, HEADS] for map_ in maps], visual, found)
+
+        def looks(tokens: Aims | Tallies, heads: slice) -> Tensor:
+            return torch.cat([map_[tokens.rows, :, tokens.columns][:, heads] for map_ in maps], dim=1)
+
+        pointing = pointing_loss(looks(found, POINTING_HEADS), visual, found)
         telling = telling_loss(student.token_heads, (output.hidden_states or ())[1 + max(LAYERS)], found)
         phrases = tallies(batch.groups, torch.stack([one.dense[0] for one in samples]))
-        looks = [map_[phrases.rows, :, phrases.columns][:, TALLYING] for map_ in maps]
-        tallying = tallying_loss(looks, visual, phrases)
+        tallying = tallying_loss(looks(phrases, TALLYING_HEADS), visual, phrases)
         assert len(phrases.rows) > 2
         assert tallying > 0.01
         assert pointing > 1  # nobody has learned it
         assert telling > 5
-        chosen = (tiny.POINTING, tiny.TELLING, tiny.COUNTING)
+        chosen = (tiny.POINTING, tiny.TELLING, tiny.TALLYING)
         for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 10.0), chosen):
             term, count = guidance(student, batch, monkeypatch, *weights)
             expected = (weights[0] * pointing + weights[1] * telling + weights[2] * tallying) * count
@@ -131,14 +137,14 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
     assert min(chosen) > 0
 
 
-def test_watching_ends(student: Student) -> None:
+def test_noting_ends(student: Student) -> None:
     """Queries and keys of the layers that point are noted within the `with` only, also when it ends by an error."""
     ids = torch.tensor([[1, 2, 3]])
     seen: list[tuple[Tensor, Tensor]] = []
 
     def interrupted() -> None:
         nonlocal seen
-        with watched(student.model.decoder) as seen:
+        with queries_and_keys(student.model.decoder) as seen:
             student.model(ids)
             raise KeyboardInterrupt
 
@@ -176,6 +182,7 @@ def test_nothing_to_look_at(student: Student, samples: list[SceneSample], monkey
     """A batch that asks about no thing has a loss without that part, and gradients that are numbers."""
     batch = collate_scenes(samples[:1])
     batch.points.zero_()
+    batch.points[:, -1] = 15  # a thing that is nowhere
     batch.groups.zero_()
     term, _ = guidance(student, batch, monkeypatch, 1.0, 1.0, 1.0)
     assert term == 0
@@ -183,3 +190,29 @@ def test_nothing_to_look_at(student: Student, samples: list[SceneSample], monkey
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("none", ["points", "groups"])
+def test_one_kind_of_guidance_alone(
+    student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch, none: str
+) -> None:
+    """Phrases without points, and points without phrases, are learned from all the same."""
+    batch = collate_scenes(samples)
+    getattr(batch, none).zero_()
+    term, _ = guidance(student, batch, monkeypatch, 1.0, 1.0, 10.0)
+    assert term.isfinite()
+    assert term > 0
+
+
+def test_recomputed_activations(student: Student, samples: list[SceneSample]) -> None:
+    """The gradients are the same where blocks are computed twice."""
+    batch = collate_scenes(samples)
+    gradients = []
+    for on in (False, True):
+        student.zero_grad()
+        with recomputed_activations(student, on):
+            loss, count = answer_loss(student, batch, beside=0.1)
+            (loss / count).backward()
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)

@@ -104,7 +104,7 @@ def test_a_phrase_reaches_no_further_than_its_box(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("question", ["What is in <box>{}</box>?", "What is <ref>this</ref><box>{}</box>?"])
 def test_a_box_in_a_question(tokenizer: Tokenizer, question: str) -> None:
-    """Only where it ends, since nobody knows before; what the question names is not looked at."""
+    """Only where it ends, since nobody knows before; a `<ref>` that means nothing is not looked at."""
     asked, answer = question.format(BLUE), "blue square"
     assert looks(tokenizer, holding(), *chat(tokenizer, asked, answer)) == [(2, "?")]
     sequence = base(tokenizer, f"{asked} Answer:", f" {answer}")
@@ -143,23 +143,35 @@ def test_phrases_in_questions(tokenizer: Tokenizer, asked: str, expected: list[t
 @pytest.mark.parametrize(
     ("asked", "meant"),
     [
-        ("How many shapes are there?", [{1, 2, 4}]),  # not the word
-        ("Count the circles.", [{1, 4}]),
-        ("有几个红色图形？", [{1, 4}]),
-        ("Is there a blue square?", [{2}]),
-        ("Is there a green circle?", [set()]),
-        ("Is the red circle above the blue square?", [{1, 4}, {2}]),
+        ("How many shapes are there?", [({1, 2, 4}, " ")]),  # not the word
+        ("Count the circles.", [({1, 4}, ".")]),
+        ("有几个红色图形？", [({1, 4}, "？")]),
+        ("Is there a blue square?", [({2}, "?")]),
+        ("Is there a green circle?", [(set(), "?")]),
+        ("Is the red circle above the blue square?", [({1, 4}, " "), ({2}, "?")]),
+        ("What shape is the blue shape?", [({2}, "?")]),
+        ("What shape is it?", []),
         ("Read the text.", []),
     ],
 )
-def test_groups(tokenizer: Tokenizer, asked: str, meant: list[set[int]]) -> None:
+def test_groups(tokenizer: Tokenizer, asked: str, meant: list[tuple[set[int], str]]) -> None:
     """Where a question's phrase ends, all that it means, be it nothing; answers are no questions."""
     ids, labels = chat(tokenizer, asked, "a blue square.")
-    found = [group for group in groups(tokenizer, ids, labels, holding()) if group]
-    assert [{number for number in range(1, 9) if group >> number & 1} for group in found] == meant
-    assert all(group & 1 for group in found)
-    ends = [at for at, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
-    assert {at for at, thing in enumerate(points(tokenizer, ids, labels, holding())) if thing} <= set(ends)
+    found = [(at, group) for at, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
+    assert [
+        ({number for number in range(1, 9) if group >> number & 1}, tokenizer.decode(ids[at + 1 :])[:1])
+        for at, group in found
+    ] == meant
+    assert all(group & 1 for _, group in found)
+
+
+def test_tags_mean_nothing(tokenizer: Tokenizer) -> None:
+    """There is a star in `<|im_start|>`, also where it is learned from."""
+    star = Thing("star", "red", Box(20, 10, 60, 50), COLOURS["red"])
+    shown = Scene(0, 200, 100, (star,), "plain", ((128, 128, 128),) * 2)
+    ids = [tokenizer.im_start_id, *tokenizer.encode("star?")]
+    assert groups(tokenizer, ids, [-100] * len(ids), shown)[0] == 0
+    assert sum(points(tokenizer, ids, [-100] * len(ids), shown)) == 1
 
 
 @pytest.mark.parametrize(
@@ -246,7 +258,7 @@ def test_numbers_among_corners_are_no_word(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("answer", ["Yes", "2", "No, <ref>TAX</ref>", "TAX", "There is no text."])
 def test_other_answers_look_at_nothing(tokenizer: Tokenizer, answer: str) -> None:
-    """Nor do the questions before them, whatever they name."""
+    """Nor do the questions before them, whatever word they name."""
     for shown in (holding(), holding(None)):
         assert looks(tokenizer, shown, *chat(tokenizer, "Is TAXI or <ref>TAXI</ref> there?", answer)) == []
 

@@ -44,16 +44,18 @@ from .tiny_data import CAPTIONS, CHAT, TASKS, SceneBatch, SceneDataset, Stage, c
 from .tiny_dense import DenseHeads, dense_loss
 from .tiny_evaluate import LONGEST, evaluate, questions, report
 from .tiny_pointing import (
-    HEADS,
     LAYERS,
-    TALLYING,
+    POINTING_HEADS,
+    TALLYING_HEADS,
+    Aims,
+    Tallies,
     aims,
     attention_at,
     pointing_loss,
+    queries_and_keys,
     tallies,
     tallying_loss,
     telling_loss,
-    watched,
 )
 from .tiny_scenes import Split
 from .tiny_vocabulary import MERGES, vocabulary
@@ -61,7 +63,7 @@ from .tiny_vocabulary import MERGES, vocabulary
 SEED = 2308
 NOTE = "a demonstration: it knows drawn shapes and short printed words, not photographs"
 # Weights of the losses on where to look, on what is seen there, and on how many there are.
-POINTING, TELLING, COUNTING = 0.3, 0.1, 0.3
+POINTING, TELLING, TALLYING = 0.3, 0.1, 3.0
 MEASURED = 300  # test questions of each row and language, at the end
 WATCHED = 12  # validation questions of each row and language, during training
 
@@ -126,14 +128,14 @@ def sight_loss(student: Student, batch: SceneBatch) -> tuple[Tensor, int]:
 
 
 def answer_loss(student: Student, batch: SceneBatch, *, beside: float) -> tuple[Tensor, Tensor]:
-    """Next-token cross entropy of the answers, with guidance where to look, and `beside` times the dense loss, so that
-    the tower keeps its sight.
+    """Next-token cross entropy of the answers, with guidance where to look and how many there are, and `beside` times
+    the dense loss, so that the tower keeps its sight.
 
     Padding on the right needs no mask: causal attention never sees it, and it has no labels.
     """
     assert batch.pixels is not None
     features, dense = student.look(batch.pixels, batch.dense)
-    with watched(student.model.decoder) as seen:
+    with queries_and_keys(student.model.decoder) as seen:
         output: Output = student.model(batch.input_ids, image_features=features, logits_to_keep=0, return_hidden=True)
     assert output.hidden_states is not None
     targets = batch.labels[:, 1:]
@@ -156,15 +158,18 @@ def _guidance(
     first = batch.dense[pictures.cumsum(dim=0) - pictures]  # each row's first picture
     found = aims(batch.points, first)
     phrases = tallies(batch.groups, first)
+    query, key = (torch.stack(both, dim=1) for both in zip(*seen, strict=True))  # [B,2,H,T,D]
+
+    def looks(tokens: Aims | Tallies, heads: slice) -> Tensor:
+        own = (given[:, :, heads].flatten(1, 2) for given in (query, key))
+        return attention_at(tokens.rows, tokens.columns, *own)
+
     loss = hidden[0].new_zeros(())
     if len(found.rows):
-        looks = [attention_at(found.rows, found.columns, query[:, HEADS], key[:, HEADS]) for query, key in seen]
-        loss = loss + POINTING * pointing_loss(looks, visual, found)
+        loss = loss + POINTING * pointing_loss(looks(found, POINTING_HEADS), visual, found)
         loss = loss + TELLING * telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
     if len(phrases.rows):
-        heads = [(query[:, TALLYING], key[:, TALLYING]) for query, key in seen]
-        looks = [attention_at(phrases.rows, phrases.columns, *layer) for layer in heads]
-        loss = loss + COUNTING * tallying_loss(looks, visual, phrases)
+        loss = loss + TALLYING * tallying_loss(looks(phrases, TALLYING_HEADS), visual, phrases)
     return loss
 
 

@@ -79,7 +79,9 @@ STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
 
 @dataclass(frozen=True)
 class SceneSample(Sample):
-    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and the things that each token is about."""
+    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and for each token what it points at and which
+    things its phrase means (`tiny_pointing.points` and `groups`).
+    """
 
     dense: Tensor = field(repr=False)
     points: list[int]
@@ -149,8 +151,8 @@ class SceneDataset:
         pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
         dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
         source = f"{self.split.name.lower()} seed {seeds[0]}"
-        told = self.tokenizer, ids, labels, scenes[0]
-        return SceneSample(ids, labels, pixels, source, dense, points(*told), groups(*told))
+        about = self.tokenizer, ids, labels, scenes[0]
+        return SceneSample(ids, labels, pixels, source, dense, points(*about), groups(*about))
 
     def _exchanges(self, rng: random.Random, scene: Scene, language: Language, raw: bool) -> list[Exchange]:
         """Questions about a scene, none asked twice, as many as a sequence's budget holds, or one."""

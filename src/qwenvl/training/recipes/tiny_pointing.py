@@ -1,35 +1,35 @@
-"""Where to look while answering, and what to see there: the thing that the words are about.
+"""Where to look while answering, what to see there, and how many: what a phrase means, for attention to learn.
 
-From answers alone, a decoder needs tens of thousands of pictures before it begins to tie a phrase to a place. The
-generator knows which thing it is, so it says so: while a thing is named and its box or its letters are spelt, half of
-the heads of two middle layers are taught to attend to the visual tokens on that thing, and behind them the hidden
-states to tell of it what the visual tokens tell. Like the dense targets this is for training only; the model and its
-prompts are those without it.
+From answers alone, a decoder needs tens of thousands of pictures before it begins to tie a phrase to a place, and more
+to count. The generator knows which things are meant, so it says so. While a thing is named and its box or its letters
+are spelt, and where a question has named it, half of the heads of two middle layers are taught to attend to the visual
+tokens on it, and behind them the hidden states to tell of it what the visual tokens tell. Two more heads are taught to
+divide their attention so that it tells how many things a question's phrase means. Like the dense targets this is for
+training only; the model and its prompts are those without it.
 
-    points           for every token of a sequence, what to look at
-    aims             the same for a batch, as cells of the grid
-    watched          what the layers that point look with
-    pointing_loss    the attention that the cells do not receive
-    groups           for every token of a sequence, what the phrase that ends there means
-    tallies          the same for a batch, as cells of the grid
-    tallying_loss    how far attention is from telling how many these are
-    telling_loss     what hidden states do not tell of them
+    points              for every token of a sequence, what to look at
+    aims                the same for a batch, as cells of the grid
+    groups, tallies     likewise, all that a question's phrase means
+    queries_and_keys    what the layers that point look with
+    attention_at        where the tokens look that are taught
+    pointing_loss       the attention that the cells do not receive
+    telling_loss        what hidden states do not tell of them
+    tallying_loss       how far attention is from telling how many there are
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from ...model.decoder import Attention, AttentionContext, Decoder
 from ...text.prompt import IGNORED_LABEL
@@ -39,9 +39,10 @@ from .tiny_questions import group, place
 from .tiny_scenes import COLOURS, SHAPES, Scene
 from .tiny_words import LANGUAGES
 
+Split: TypeAlias = Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor, Tensor]]
+
 LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
-HEADS = [0, 1, 2]  # of 6
-TALLYING = [3, 4]  # heads of the same layers
+POINTING_HEADS, TALLYING_HEADS = slice(0, 3), slice(3, 5)  # of 6
 MOST = 6  # things in a picture, the word among them
 # What a phrase means; in this order, the longest is found first.
 PHRASES = {
@@ -51,6 +52,7 @@ PHRASES = {
     for shape in (*SHAPES, None)
     for number in (2, 1)
 }
+MENTION = re.compile(rb"(?<!What )(?:" + b"|".join(PHRASES) + rb")")  # the `shape` of "What shape" means none
 NEAR = 100  # thousandths that the corners of a box may be off altogether: questions name them inexactly
 LETTER = 16  # from here on, the letters' classes; below, the things' numbers
 
@@ -96,9 +98,10 @@ def groups(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int], scen
 
 def _mentions(tokenizer: Tokenizer, ids: Sequence[int], scene: Scene) -> Iterator[tuple[int, list[int]]]:
     """Where a phrase ends, and the numbers of the things that it means."""
-    pieces = [tokenizer.token_bytes(id_) for id_ in ids]  # their bounds need not be those of words, nor of characters
-    ends = list(accumulate(map(len, pieces)))
-    for phrase in re.finditer(b"|".join(PHRASES), b"".join(pieces)):
+    special = set(tokenizer.special_ids.values())  # there is a star in `<|im_start|>`
+    pieces = [b"\n" if id_ in special else tokenizer.token_bytes(id_) for id_ in ids]
+    ends = list(accumulate(map(len, pieces)))  # they need not be those of words, nor of characters
+    for phrase in MENTION.finditer(b"".join(pieces)):
         meant = group(scene, *PHRASES[phrase[0]]).things
         yield bisect_left(ends, phrase.end()), [1 + scene.things.index(thing) for thing in meant]
 
@@ -153,36 +156,37 @@ def aims(points: Tensor, dense: Tensor) -> Aims:
 
 
 @contextmanager
-def watched(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While it lasts, queries and keys [B,H,T,D] are appended for each of LAYERS that computes.
+def queries_and_keys(decoder: Decoder) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """A list that gets queries and keys [B,H,T,D] of each of LAYERS as they are computed, while this lasts.
 
     Whole attention maps would double the work of attention, for rows of which most are not looked at.
     """
     seen: list[tuple[Tensor, Tensor]] = []
-    contexts: list[AttentionContext] = []
 
-    def begin(_attention: nn.Module, arguments: tuple[Any, ...]) -> None:
-        contexts.append(arguments[1])
+    def noting(compute: Split) -> Split:
+        def noted(qkv: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+            query, key, value = compute(qkv, context)
+            seen.append((query, key))
+            return query, key, value
 
-    def note(attention: Attention, qkv: Tensor) -> None:
-        query, key, _ = attention.split(qkv, contexts.pop())
-        seen.append((query, key))
+        return noted
 
-    hooks: list[RemovableHandle] = []
-    for layer in LAYERS:
-        attention = decoder.blocks[layer].attn
-        assert isinstance(attention, Attention)
-        hooks.append(attention.register_forward_pre_hook(begin))
-        hooks.append(attention.c_attn.register_forward_hook(lambda _m, _i, qkv, own=attention: note(own, qkv)))
+    attentions = [cast(Attention, decoder.blocks[layer].attn) for layer in LAYERS]
+    for attention in attentions:
+        attention.queries_keys_values = noting(attention.queries_keys_values)  # type: ignore[assignment, method-assign]
     try:
         yield seen
     finally:
-        for hook in hooks:
-            hook.remove()
+        for attention in attentions:
+            del attention.queries_keys_values
 
 
 def attention_at(rows: Tensor, columns: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Causal attention [K,H,T] from K tokens, row by row, of queries and keys [B,H,T,D] of right-padded rows."""
+    """Causal attention [K,H,T] of K tokens, at least one, from queries and keys [B,H,T,D] of right-padded rows.
+
+    rows [K], ascending, and columns [K] say where the tokens stand. Each row's tokens are brought side by side for one
+    product a row: `key[rows]` would copy a row's keys for each of its tokens.
+    """
     seats = torch.arange(len(rows), device=query.device) - torch.searchsorted(rows, rows)  # within each row
     seated = query.new_zeros(len(query), int(seats.max()) + 1, query.shape[1], query.shape[3])
     seated[rows, seats] = query[rows, :, columns]
@@ -191,17 +195,17 @@ def attention_at(rows: Tensor, columns: Tensor, query: Tensor, key: Tensor) -> T
     return scores[rows, :, seats].float().masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
-def _received(attention: Sequence[Tensor], visual: Tensor, rows: Tensor, cells: int) -> Tensor:
-    """Of attention [K,H,T] of every layer, what the cells of each row's first picture receive: [K,.,Q]."""
-    standing = visual.int().argsort(dim=1, descending=True, stable=True)[rows, :cells]  # [K,Q]
-    given = torch.cat(list(attention), dim=1)
-    return given.gather(2, standing[:, None].expand(-1, given.shape[1], -1))
+def _received(attention: Tensor, visual: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Of attention [K,H,T], what the first `count` visual tokens of each row receive: [K,H,count]."""
+    standing = visual.int().argsort(dim=1, descending=True, stable=True)[rows, :count]
+    return attention.gather(2, standing[:, None].expand(-1, attention.shape[1], -1))
 
 
-def pointing_loss(attention: Sequence[Tensor], visual: Tensor, aims: Aims) -> Tensor:
-    """The mean, over aims, layers and heads, of -log of the attention that an aim's cells receive.
+def pointing_loss(attention: Tensor, visual: Tensor, aims: Aims) -> Tensor:
+    """The mean, over aims (at least one), layers and heads, of -log of the attention that an aim's cells receive.
 
-    attention: [K,H,T] of every layer; visual [B,T]: true at visual tokens, of which a row's first Q count.
+    attention: [K,H,T], of all heads of all layers that point; visual [B,T]: true at visual tokens, of which a row's
+    first Q count.
     """
     received = _received(attention, visual, aims.rows, aims.cells.shape[1]) * aims.cells[:, None]
     return -received.sum(dim=-1).clamp(min=1e-6).log().mean()
@@ -226,14 +230,16 @@ def tallies(groups: Tensor, dense: Tensor) -> Tallies:
     return Tallies(rows, columns, (dense[rows, None, :, NUMBER] == numbers) & meant.bool())
 
 
-def tallying_loss(attention: Sequence[Tensor], visual: Tensor, tallies: Tallies) -> Tensor:
-    """How far the attention is from a tally, as a mean Kullback-Leibler divergence over phrases, layers and heads.
+def tallying_loss(attention: Tensor, visual: Tensor, tallies: Tallies) -> Tensor:
+    """How far attention is from a tally: the mean Kullback-Leibler divergence over phrases (at least one) and heads.
 
-    In a tally each thing that is meant receives a seventh, whatever its size, and what is not meant gets the rest: so
-    the mix of what is attended to tells how many there are, or that there is none.
+    In a tally each thing that is meant receives a seventh, whatever its size, and all else gets the rest: so the mix of
+    what is attended to tells how many there are, or that there is none. Only the first picture's things count, and
+    only those on a cell. attention: [K,H,T], of all heads of all layers that tally; visual as in `pointing_loss`.
     """
     received = _received(attention, visual, tallies.rows, tallies.cells.shape[2])
-    things = received @ tallies.cells.transpose(1, 2).type_as(received)  # [K,.,6]
+    # A sum, not a product of matrices: autocast would run that in 16 bits.
+    things = (received[:, :, None] * tallies.cells[:, None]).sum(dim=-1)  # [K,H,6]
     shares = torch.cat((things, 1 - things.sum(dim=-1, keepdim=True)), dim=-1).clamp(min=1e-6)
     wanted = tallies.cells.any(dim=2).type_as(shares) / (1 + MOST)
     wanted = torch.cat((wanted, 1 - wanted.sum(dim=-1, keepdim=True)), dim=-1)[:, None]
