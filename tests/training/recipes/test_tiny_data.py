@@ -97,7 +97,7 @@ def test_form_of_samples(tokenizer: Tokenizer, stage: Stage, undrawn: None) -> N
     pairs = longest = 0
     for index in range(30_000, 30_600):
         sample = data[index]
-        assert len(sample.ids) == len(sample.labels) == len(sample.points) == len(sample.groups)
+        assert {len(sample.ids)} == set(map(len, (sample.labels, sample.points, *sample.groups)))
         assert all(label in (id_, -100) for id_, label in zip(sample.ids, sample.labels, strict=True))
         assert not {pad, start, end} & set(sample.labels)  # a picture is never an answer
         assert sum(label != -100 for label in sample.labels) >= 2
@@ -148,7 +148,7 @@ def labelled(tokenizer: Tokenizer, sample: SceneSample) -> list[str]:
 def test_no_place_is_asked_for_twice(tokenizer: Tokenizer, stage: Stage, undrawn: None) -> None:
     """Outside of captions, a box is an answer once in a sequence: copied, it would teach nothing; nor is a question."""
     del undrawn
-    data = dataset(tokenizer, stage)
+    data, alone = dataset(tokenizer, stage), 0
     for index in range(40_000, 40_300):
         scene_ = scene(Split.TRAIN.seed(2 * index), words=stage.words)
         for language in LANGUAGES:
@@ -160,7 +160,9 @@ def test_no_place_is_asked_for_twice(tokenizer: Tokenizer, stage: Stage, undrawn
             assert len(questions) == len(set(questions))
             told = [exchange.skill in tiny_data.CLOSING for exchange in exchanges]
             assert not any(told[:-1])  # after everything was told, nothing is asked
+            alone += told == [True]
             assert {exchange.skill for exchange in exchanges} <= {*stage.skills, "boxes", "absent"}
+    assert 60 < alone < 150  # of 600: with nothing before, there is nothing to copy from
 
 
 def test_no_word_is_asked_for_twice(tokenizer: Tokenizer, undrawn: None) -> None:
@@ -189,10 +191,12 @@ def test_points_are_about_the_picture(tokenizer: Tokenizer, stage: Stage, undraw
     for index in range(30_000, 30_300):
         sample, shown = data[index], scene(Split.TRAIN.seed(6 + 2 * index), words=stage.words)
         if sample.ids.count(tokenizer.image_start_id) == 2:
-            assert sum(point > 0 for point in sample.points) <= sum(group > 0 for group in sample.groups) == 1
-            kinds.add("pair")
+            first, last = ([group for group in groups if group] for groups in sample.groups)
+            assert sum(point > 0 for point in sample.points) <= len(first) == len(last) == 1
+            kinds |= {"pair", "different"} if first != last else {"pair"}
             continue
         assert len(shown.things) <= MOST
+        assert sample.groups[0] == sample.groups[1]
         letters = "".join(LETTERS[point - LETTER - 1] for point in sample.points if point > LETTER)
         word = "" if shown.text is None else str(shown.text.word)
         assert letters == word * (len(letters) // max(len(word), 1))
@@ -206,7 +210,7 @@ def test_points_are_about_the_picture(tokenizer: Tokenizer, stage: Stage, undraw
             assert 0 < point <= len(shown.things)
             assert off <= 12 * asked
             kinds.add("question" if asked else "answer")
-    assert kinds == {"answer", "word"} | ({"question", "pair"} if stage.pairs else set())
+    assert kinds == {"answer", "word"} | ({"question", "pair", "different"} if stage.pairs else set())
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -297,17 +301,18 @@ def test_a_batch_holds_all_pictures(tokenizer: Tokenizer) -> None:
     assert torch.equal(collate_scenes([pair, single]).dense, torch.cat([pair.dense, single.dense]))
 
 
-@pytest.mark.parametrize("name", ["points", "groups"])
-def test_points_and_groups_stand_beside_the_ids(tokenizer: Tokenizer, name: str) -> None:
+def test_points_and_groups_stand_beside_the_ids(tokenizer: Tokenizer) -> None:
     """In a batch each row has its own, from the first column, and nothing to look at where it is padded."""
-    samples = [dataset(tokenizer, TASKS)[index] for index in range(6)]
+    samples = [dataset(tokenizer, replace(TASKS, pairs=0.5))[index] for index in range(6)]
     batch = collate_scenes(samples)
-    table = getattr(batch, name)
-    assert table.shape == batch.input_ids.shape
-    assert table.dtype == torch.int64
-    assert table.any()
-    for row, sample in zip(table.tolist(), samples, strict=True):
-        assert row == getattr(sample, name) + [0] * (len(row) - len(sample.ids))
+    assert batch.points.shape == batch.input_ids.shape == batch.groups[:, 0].shape == batch.groups[:, 1].shape
+    assert batch.points.dtype == batch.groups.dtype == torch.int64
+    assert batch.points.any()
+    assert not torch.equal(batch.groups[:, 0], batch.groups[:, 1])
+    for points, groups, sample in zip(batch.points.tolist(), batch.groups.tolist(), samples, strict=True):
+        padding = [0] * (len(points) - len(sample.ids))
+        assert points == sample.points + padding
+        assert groups == [own + padding for own in sample.groups]
 
 
 def test_stages() -> None:

@@ -16,6 +16,7 @@ from qwenvl.training.recipes.tiny_pointing import (
     aims,
     attention_at,
     pointing_loss,
+    standing,
     tallies,
     tallying_loss,
     telling_loss,
@@ -49,7 +50,7 @@ def attending(tokens: int, *rows: dict[int, list[float]], firsts: Sequence[int] 
 def loss_of(maps: Tensor, wanted: Tensor, where: Tensor, dense: Tensor) -> Tensor:
     """The pointing loss of what points [B,T] aim at."""
     found = aims(wanted, dense)
-    return pointing_loss(maps[found.rows, :, found.columns], where, found)
+    return pointing_loss(maps[found.rows, :, found.columns], standing(where, dense.shape[1], last=False), found)
 
 
 def visual(tokens: int, *firsts: int, count: int = 4) -> Tensor:
@@ -230,11 +231,18 @@ def test_tallies() -> None:
 
 
 def looking(*shares: list[float]) -> tuple[Tensor, Tensor]:
-    """Attention [K,1,7] of tokens that give these shares to four columns from the first, and which are visual."""
+    """Attention [K,1,7] of tokens that give these shares to four columns from the first, and these columns."""
     given = torch.zeros(len(shares), 1, 7)
     given[:, 0, 1:5] = torch.tensor(shares)
     given[:, 0, 0] = 1 - given.sum(dim=2)[:, 0]
-    return given, visual(7, 1)
+    return given, standing(visual(7, 1), 4, last=False)
+
+
+def test_standing() -> None:
+    """The columns of a row's first picture and of its last, in order, whatever stands between and around."""
+    where = torch.cat((visual(12, 1) | visual(12, 7), visual(12, 6)))
+    assert standing(where, 4, last=False).tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    assert standing(where, 4, last=True).tolist() == [[7, 8, 9, 10], [6, 7, 8, 9]]
 
 
 def test_tally_by_hand() -> None:

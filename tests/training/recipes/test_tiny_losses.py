@@ -25,6 +25,7 @@ from qwenvl.training.recipes.tiny_pointing import (
     aims,
     pointing_loss,
     queries_and_keys,
+    standing,
     tallies,
     tallying_loss,
     telling_loss,
@@ -106,26 +107,29 @@ def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *we
 def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monkeypatch: pytest.MonkeyPatch) -> None:
     """POINTING times the pointing loss, TELLING times the telling and TALLYING times the tallying loss for each label.
 
-    All are about each row's own first picture; what is told is read off behind the layers that point, as it is off
-    the visual tokens.
+    All are about each row's own first picture, the tally of the last one too; what is told is read off behind the
+    layers that point, as it is off the visual tokens.
     """
     batch = collate_scenes(samples)
     assert batch.points.any(dim=1).all()
     assert [len(one.dense) for one in samples] == [2, 1, 1]
     with torch.no_grad():
         output: Output = student.model(batch.input_ids, batch.pixels, return_attentions=True, return_hidden=True)
-        visual = batch.input_ids == student.config.visual.image_pad_id
-        found = aims(batch.points, torch.stack([one.dense[0] for one in samples]))
         maps = [(output.attentions or ())[layer] for layer in LAYERS]
 
         def looks(tokens: Aims | Tallies, heads: slice) -> Tensor:
             return torch.cat([map_[tokens.rows, :, tokens.columns][:, heads] for map_ in maps], dim=1)
 
-        pointing = pointing_loss(looks(found, POINTING_HEADS), visual, found)
+        visual = batch.input_ids == student.config.visual.image_pad_id
+        columns = [standing(visual, 64, last=last) for last in (False, True)]
+        found = aims(batch.points, torch.stack([one.dense[0] for one in samples]))
+        pointing = pointing_loss(looks(found, POINTING_HEADS), columns[0], found)
         telling = telling_loss(student.token_heads, (output.hidden_states or ())[1 + max(LAYERS)], found)
-        phrases = tallies(batch.groups, torch.stack([one.dense[0] for one in samples]))
-        tallying = tallying_loss(looks(phrases, TALLYING_HEADS), visual, phrases)
-        assert len(phrases.rows) > 2
+        tallying = torch.zeros(())
+        for picture, which in enumerate((0, -1)):
+            phrases = tallies(batch.groups[:, picture], torch.stack([one.dense[which] for one in samples]))
+            tallying += tallying_loss(looks(phrases, TALLYING_HEADS[picture]), columns[picture], phrases) / 2
+            assert len(phrases.rows) > 2
         assert tallying > 0.01
         assert pointing > 1  # nobody has learned it
         assert telling > 5

@@ -53,6 +53,7 @@ from .tiny_pointing import (
     attention_at,
     pointing_loss,
     queries_and_keys,
+    standing,
     tallies,
     tallying_loss,
     telling_loss,
@@ -153,11 +154,11 @@ def _guidance(
 
     hidden: the states [B,T,C] before each layer. seen: queries and keys of the layers that point.
     """
+    n_queries = student.config.visual.n_queries
     visual = batch.input_ids == student.config.visual.image_pad_id
-    pictures = visual.sum(dim=1) // student.config.visual.n_queries
-    first = batch.dense[pictures.cumsum(dim=0) - pictures]  # each row's first picture
-    found = aims(batch.points, first)
-    phrases = tallies(batch.groups, first)
+    ends = (visual.sum(dim=1) // n_queries).cumsum(dim=0)  # of each row's pictures
+    columns = [standing(visual, n_queries, last=last) for last in (False, True)]
+    dense = batch.dense[F.pad(ends[:-1], (1, 0))], batch.dense[ends - 1]  # of the first and of the last
     query, key = (torch.stack(both, dim=1) for both in zip(*seen, strict=True))  # [B,2,H,T,D]
 
     def looks(tokens: Aims | Tallies, heads: slice) -> Tensor:
@@ -165,11 +166,14 @@ def _guidance(
         return attention_at(tokens.rows, tokens.columns, *own)
 
     loss = hidden[0].new_zeros(())
+    found = aims(batch.points, dense[0])
     if len(found.rows):
-        loss = loss + POINTING * pointing_loss(looks(found, POINTING_HEADS), visual, found)
+        loss = loss + POINTING * pointing_loss(looks(found, POINTING_HEADS), columns[0], found)
         loss = loss + TELLING * telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
-    if len(phrases.rows):
-        loss = loss + TALLYING * tallying_loss(looks(phrases, TALLYING_HEADS), visual, phrases)
+    for picture, heads in enumerate(TALLYING_HEADS):
+        phrases = tallies(batch.groups[:, picture], dense[picture])
+        if len(phrases.rows):
+            loss = loss + TALLYING / 2 * tallying_loss(looks(phrases, heads), columns[picture], phrases)
     return loss
 
 

@@ -38,6 +38,7 @@ class Stage:
     raw          share of sequences in the base form; the others are ChatML
     dialogues    share of ChatML sequences that are rounds about one thing
     pairs        share of sequences that compare two pictures
+    alone        share of sequences that tell everything at once, with no question before
     ramp         pictures over which the most shapes grow from one to five; 0: five from the beginning
     budget       tokens of a sequence, about
     words        share of pictures with a printed word
@@ -48,6 +49,7 @@ class Stage:
     raw: float
     dialogues: float = 0.0
     pairs: float = 0.0
+    alone: float = 0.15
     ramp: int = 0
     budget: int = 224  # tokens of a sequence
     words: float = 0.35
@@ -70,27 +72,27 @@ TASKS = Stage(
     },
     raw=0.4,
     dialogues=0.1,
-    pairs=0.06,
+    pairs=0.1,
     words=0.45,
 )
-CHAT = Stage("chat", TASKS.skills, raw=0.2, dialogues=0.3, pairs=0.08, words=0.45)
+CHAT = Stage("chat", TASKS.skills, raw=0.2, dialogues=0.3, pairs=0.1, words=0.45)
 STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
 
 
 @dataclass(frozen=True)
 class SceneSample(Sample):
-    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and for each token what it points at and which
-    things its phrase means (`tiny_pointing.points` and `groups`).
+    """A sample, what the cells of its pictures hold (dense [N,Q,8]), and for each token what it points at in the first
+    of them, and which things its phrase means in the first and in the last (`tiny_pointing.points` and `groups`).
     """
 
     dense: Tensor = field(repr=False)
     points: list[int]
-    groups: list[int]
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)
 class SceneBatch(Batch):
-    """A batch, what the cells of its pictures hold (dense [N,Q,8]), and points and groups [B,T], 0 at padding."""
+    """A batch, what the cells of its pictures hold (dense [N,Q,8]), points [B,T] and groups [B,2,T], 0 at padding."""
 
     dense: Tensor = field(repr=False)
     points: Tensor
@@ -107,10 +109,11 @@ def collate_scenes(samples: Sequence[SceneSample]) -> SceneBatch:
     """Samples as a batch."""
     batch = collate(samples)
     parts = {part.name: getattr(batch, part.name) for part in fields(batch)}
-    points, groups = torch.zeros_like(batch.input_ids), torch.zeros_like(batch.input_ids)
+    points = torch.zeros_like(batch.input_ids)
+    groups = torch.stack((points, points), dim=1)
     for row, sample in enumerate(samples):
         points[row, : len(sample.points)] = torch.tensor(sample.points)
-        groups[row, : len(sample.groups)] = torch.tensor(sample.groups)
+        groups[row, :, : len(sample.ids)] = torch.tensor(sample.groups)
     return SceneBatch(**parts, dense=torch.cat([sample.dense for sample in samples]), points=points, groups=groups)
 
 
@@ -151,11 +154,19 @@ class SceneDataset:
         pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
         dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
         source = f"{self.split.name.lower()} seed {seeds[0]}"
-        about = self.tokenizer, ids, labels, scenes[0]
-        return SceneSample(ids, labels, pixels, source, dense, points(*about), groups(*about))
+        looks = points(self.tokenizer, ids, labels, scenes[0])
+        meant = [groups(self.tokenizer, ids, labels, shown) for shown in (scenes[0], scenes[-1])]
+        return SceneSample(ids, labels, pixels, source, dense, looks, meant)
 
     def _exchanges(self, rng: random.Random, scene: Scene, language: Language, raw: bool) -> list[Exchange]:
         """Questions about a scene, none asked twice, as many as a sequence's budget holds, or one."""
+        telling = [skill for skill in CLOSING if skill in self.stage.skills]
+        if (
+            telling
+            and rng.random() < self.stage.alone
+            and (exchange := SKILLS[rng.choice(telling)](rng, scene, language))
+        ):
+            return [exchange]
         room = self.stage.budget - self.config.visual.n_queries - (2 if raw else CHAT_FRAME)
         asked: list[Exchange] = []
         closing: list[Exchange] = []

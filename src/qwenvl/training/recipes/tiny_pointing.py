@@ -4,7 +4,8 @@ From answers alone, a decoder needs tens of thousands of pictures before it begi
 to count. The generator knows which things are meant, so it says so. While a thing is named and its box or its letters
 are spelt, and where a question has named it, half of the heads of two middle layers are taught to attend to the visual
 tokens on it, and behind them the hidden states to tell of it what the visual tokens tell. Two more heads are taught to
-divide their attention so that it tells how many things a question's phrase means. Like the dense targets this is for
+divide their attention so that it tells how many things a question's phrase means, one in the first picture and one in
+the last. Like the dense targets this is for
 training only; the model and its prompts are those without it.
 
     points              for every token of a sequence, what to look at
@@ -12,6 +13,7 @@ training only; the model and its prompts are those without it.
     groups, tallies     likewise, all that a question's phrase means
     queries_and_keys    what the layers that point look with
     attention_at        where the tokens look that are taught
+    standing            where a picture's visual tokens are
     pointing_loss       the attention that the cells do not receive
     telling_loss        what hidden states do not tell of them
     tallying_loss       how far attention is from telling how many there are
@@ -42,7 +44,8 @@ from .tiny_words import LANGUAGES
 Split: TypeAlias = Callable[[Tensor, AttentionContext], tuple[Tensor, Tensor, Tensor]]
 
 LAYERS = (1, 2)  # of 4: what is asked is gathered before them, and what is seen is spelt after
-POINTING_HEADS, TALLYING_HEADS = slice(0, 3), slice(3, 5)  # of 6
+POINTING_HEADS = slice(0, 3)  # of 6
+TALLYING_HEADS = slice(3, 4), slice(4, 5)  # for the first picture and for the last
 MOST = 6  # things in a picture, the word among them
 # What a phrase means; in this order, the longest is found first.
 PHRASES = {
@@ -195,19 +198,24 @@ def attention_at(rows: Tensor, columns: Tensor, query: Tensor, key: Tensor) -> T
     return scores[rows, :, seats].float().masked_fill(later, -torch.inf).softmax(dim=-1)
 
 
-def _received(attention: Tensor, visual: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Of attention [K,H,T], what the first `count` visual tokens of each row receive: [K,H,count]."""
-    standing = visual.int().argsort(dim=1, descending=True, stable=True)[rows, :count]
-    return attention.gather(2, standing[:, None].expand(-1, attention.shape[1], -1))
+def standing(visual: Tensor, n_queries: int, *, last: bool) -> Tensor:
+    """Columns [B,Q] of each row's first or last picture, given visual [B,T], true at visual tokens."""
+    order = visual.int().argsort(dim=1, descending=True, stable=True)
+    begin = visual.sum(dim=1, keepdim=True) - n_queries if last else 0
+    return order.gather(1, begin + torch.arange(n_queries, device=visual.device).expand(len(visual), -1))
 
 
-def pointing_loss(attention: Tensor, visual: Tensor, aims: Aims) -> Tensor:
+def _received(attention: Tensor, columns: Tensor) -> Tensor:
+    """Of attention [K,H,T], what columns [K,Q] receive: [K,H,Q]."""
+    return attention.gather(2, columns[:, None].expand(-1, attention.shape[1], -1))
+
+
+def pointing_loss(attention: Tensor, columns: Tensor, aims: Aims) -> Tensor:
     """The mean, over aims (at least one), layers and heads, of -log of the attention that an aim's cells receive.
 
-    attention: [K,H,T], of all heads of all layers that point; visual [B,T]: true at visual tokens, of which a row's
-    first Q count.
+    attention: [K,H,T], of all heads of all layers that point; columns [B,Q]: where each row's first picture stands.
     """
-    received = _received(attention, visual, aims.rows, aims.cells.shape[1]) * aims.cells[:, None]
+    received = _received(attention, columns[aims.rows]) * aims.cells[:, None]
     return -received.sum(dim=-1).clamp(min=1e-6).log().mean()
 
 
@@ -223,21 +231,22 @@ class Tallies:
 
 
 def tallies(groups: Tensor, dense: Tensor) -> Tallies:
-    """Those of groups [B,T], given the dense targets [B,Q,8] of each row's first picture."""
+    """Those of groups [B,T], given the dense targets [B,Q,8] of one picture of each row."""
     rows, columns = groups.nonzero(as_tuple=True)
     numbers = torch.arange(1, 1 + MOST, device=groups.device)[:, None]
     meant = groups[rows, columns, None, None] >> numbers & 1
     return Tallies(rows, columns, (dense[rows, None, :, NUMBER] == numbers) & meant.bool())
 
 
-def tallying_loss(attention: Tensor, visual: Tensor, tallies: Tallies) -> Tensor:
+def tallying_loss(attention: Tensor, columns: Tensor, tallies: Tallies) -> Tensor:
     """How far attention is from a tally: the mean Kullback-Leibler divergence over phrases (at least one) and heads.
 
     In a tally each thing that is meant receives a seventh, whatever its size, and all else gets the rest: so the mix of
-    what is attended to tells how many there are, or that there is none. Only the first picture's things count, and
-    only those on a cell. attention: [K,H,T], of all heads of all layers that tally; visual as in `pointing_loss`.
+    what is attended to tells how many there are, or that there is none. Only things on a cell count.
+
+    attention: [K,H,T], of all heads and layers that tally this picture, which stands in columns [B,Q].
     """
-    received = _received(attention, visual, tallies.rows, tallies.cells.shape[2])
+    received = _received(attention, columns[tallies.rows])
     # A sum, not a product of matrices: autocast would run that in 16 bits.
     things = (received[:, :, None] * tallies.cells[:, None]).sum(dim=-1)  # [K,H,6]
     shares = torch.cat((things, 1 - things.sum(dim=-1, keepdim=True)), dim=-1).clamp(min=1e-6)
