@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-all check format bench tiny train-tiny clean
+.PHONY: help setup demo chat test test-all check format bench train-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +44,6 @@ format: $(READY) ## put the formatting right
 
 bench: $(READY) ## time against a plain eager formulation of the reference
 	$(RUN) bench/compare_eager.py
-
-tiny: $(READY) ## make weights/tiny anew
-	rm -rf build/tiny
-	$(RUN) tools/make_tiny.py build/tiny
-	cp build/tiny/* weights/tiny/
 
 train-tiny: $(READY) ## train the small model, or go on with it, in build/train-tiny (MINUTES=8 stops after as many)
 	$(RUN) -m qwenvl.training.recipes.tiny --out build/train-tiny $(if $(MINUTES),--max-minutes $(MINUTES))

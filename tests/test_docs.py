@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/model.md",
     "docs/tutorial.md",
     "docs/training.md",
+    "docs/small-model.md",
     "weights/tiny/README.md",
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
