@@ -22,7 +22,7 @@ from qwenvl.text.tokenizer import SPECIALS, Tokenizer
 from qwenvl.training.loop import fit
 from qwenvl.training.recipes import tiny, tiny_evaluate, tiny_vocabulary
 from qwenvl.training.recipes.tiny import Student
-from qwenvl.training.recipes.tiny_pointing import HEADS, LAYERS
+from qwenvl.training.recipes.tiny_pointing import LAYERS, POINTING_HEADS, TALLYING_HEADS
 from qwenvl.training.recipes.tiny_scenes import Split
 
 FOLDERS = ["1-sight", "2-captions", "3-tasks", "4-chat"]
@@ -117,7 +117,7 @@ def test_size() -> None:
     assert tiny.MERGES == tiny_vocabulary.MERGES
     assert QwenVLConfig.from_dict(config.to_dict()) == config
     assert max(LAYERS) < config.num_hidden_layers
-    assert max(HEADS) < config.num_attention_heads
+    assert max(heads.stop for heads in (POINTING_HEADS, *TALLYING_HEADS)) <= config.num_attention_heads
 
 
 def test_the_papers_stages() -> None:
