@@ -1,4 +1,4 @@
-"""Put words into the embedded model's mouth: its own answers are noise, and tests want boxes, or an interruption."""
+"""Put words into the embedded model's mouth: tests want certain boxes, or an interruption, whatever it would say."""
 
 from collections.abc import Iterator
 from typing import Any

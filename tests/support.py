@@ -158,9 +158,9 @@ def one_line_error(kind: type[QwenVLError], *says: str | int) -> Iterator[None]:
 def write_vocabulary(folder: Path, words: str = "the dog cat is in this picture box what where user assistant") -> Path:
     """A small vocabulary in a folder: every byte, some words with and without a space, halves of two characters."""
     merges: dict[bytes, None] = {bytes([byte]): None for byte in range(256)}
-    for form in [form for word in words.split() for form in (word, f" {word}")]:
+    for form in [form.encode() for word in words.split() for form in (word, f" {word}")]:
         for end in range(2, len(form) + 1):  # every beginning, so that the merges can be reached
-            merges[form[:end].encode()] = None
+            merges[form[:end]] = None
     merges |= dict.fromkeys(["你".encode()[:2], "你".encode(), "😀".encode()[:2]])
     path = folder / VOCABULARY_FILE
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(merges)))

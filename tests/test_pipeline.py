@@ -528,7 +528,7 @@ def test_ground_finds_nothing_in_nonsense(vl: Pipeline, monkeypatch: pytest.Monk
 
 
 def test_ground_runs_for_real(vl: Pipeline) -> None:
-    """An untrained model's answer is read, whatever it is."""
+    """A real model's answer is read, whatever it is."""
     assert isinstance(vl.ground(picture(1), "the dog"), list)
 
 

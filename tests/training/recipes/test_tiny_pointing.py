@@ -140,6 +140,18 @@ def test_phrases_in_questions(tokenizer: Tokenizer, asked: str, expected: list[t
     assert [(thing, text[:1]) for thing, text in rest] == expected
 
 
+def test_a_phrase_that_ends_inside_a_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The small model's own vocabulary has tokens that begin in a phrase and go on behind it: there the phrase ends."""
+    long = "图形的形状是什么"
+    tokenizer = Tokenizer(write_vocabulary(tmp_path_factory.mktemp("words"), long))
+    ids, labels = chat(tokenizer, f"蓝色{long}？", "正方形")
+    at = ids.index(tokenizer.encode(long)[0])
+    assert tokenizer.decode([ids[at]]) == long
+    assert [(where, thing) for where, thing in enumerate(points(tokenizer, ids, labels, holding())) if thing] == [(at, 2)]
+    meant = [(where, group) for where, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
+    assert meant == [(at, 1 + 2**2)]
+
+
 @pytest.mark.parametrize(
     ("asked", "meant"),
     [
