@@ -147,9 +147,9 @@ def test_a_phrase_that_ends_inside_a_token(tmp_path_factory: pytest.TempPathFact
     ids, labels = chat(tokenizer, f"蓝色{long}？", "正方形")
     at = ids.index(tokenizer.encode(long)[0])
     assert tokenizer.decode([ids[at]]) == long
-    assert [(where, thing) for where, thing in enumerate(points(tokenizer, ids, labels, holding())) if thing] == [(at, 2)]
-    meant = [(where, group) for where, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
-    assert meant == [(at, 1 + 2**2)]
+    only = [position == at for position in range(len(ids))]
+    assert points(tokenizer, ids, labels, holding()) == [2 * here for here in only]
+    assert groups(tokenizer, ids, labels, holding()) == [(1 + 2**2) * here for here in only]
 
 
 @pytest.mark.parametrize(
