@@ -72,7 +72,7 @@ def test_broken_pipe(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Options for an answer of a thousand tokens: nothing that ends one is ever the likeliest."""
+    """Options for an answer of 900 tokens: nothing that ends one is ever the likeliest."""
     folder = tmp_path_factory.mktemp("endless")
     vocabulary = write_vocabulary(folder)
     tokenizer = Tokenizer(vocabulary)

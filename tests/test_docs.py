@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qwenvl
 from qwenvl.cli import _parser, main
+from qwenvl.config import QwenVLConfig
+from qwenvl.model.qwenvl import QwenVL
+from qwenvl.weights.hub import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -149,7 +153,33 @@ def test_chinese_readme_says_the_same() -> None:
     assert numbers(english) == numbers(chinese)
 
 
+def test_the_small_models_sizes() -> None:
+    """The last column of the letters in model.md, and the parameters that are spoken of, are the embedded model's."""
+    config = QwenVLConfig.load(embedded("tiny"))
+    vision = config.visual
+    cells = (line.split("|")[1:-1] for line in read("docs/model.md").splitlines() if re.match(r"\| [A-Z, ]+ \|", line))
+    column = {letter.strip(): small.strip() for letter, *_, small in cells}
+    assert column == {
+        "B, T": "",
+        "S": f"up to {config.max_position_embeddings} ({vision.image_size})",
+        "N": "",
+        "P": str((vision.image_size // vision.patch_size) ** 2),
+        "W": str(vision.width),
+        "Q": str(vision.n_queries),
+        "C": str(config.hidden_size),
+        "H, D": f"{config.num_attention_heads}, {config.kv_channels}",
+        "L": str(config.num_hidden_layers),
+        "F": str(config.mlp_width),
+        "V": str(config.vocab_size),
+    }
+    with torch.device("meta"):
+        millions = sum(parameter.numel() for parameter in QwenVL(config).parameters()) / 1e6
+    assert f"{millions:.1f} million parameters" in read("README.md")
+    assert f"{millions:.1f} million parameters" in read("weights/tiny/README.md")
+    assert f"| {millions:.2f} million |" in read("docs/small-model.md")
+
+
 @documents
 def test_nothing_is_left_to_fill_in(document: str) -> None:
     """No placeholder for a number stays in a document."""
-    assert "FILL" not in read(document)
+    assert not re.search(r"FILL|@[A-Z0-9]+@", read(document))

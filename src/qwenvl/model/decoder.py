@@ -62,18 +62,21 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * heads * head_size)
         self.c_proj = nn.Linear(heads * head_size, width, bias=False)
 
-    def queries_keys_values(self, qkv: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, both rotated, the queries scaled too, and values, each [B,H,T,D]; qkv: [B,T,3HD]."""
-        qkv = qkv.unflatten(-1, (3, self.heads, self.head_size)).transpose(1, 2)  # [B,3,T,H,D]
-        turning, value = qkv.split((2, 1), dim=1)  # not slices: the gradient of each would be as large as the whole
-        query, key = rotate(turning, context.cos, context.sin).unbind(1)
+    def queries_keys_values(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """[B,T,C] to rotated, log-n scaled queries, rotated keys, and values, each [B,H,T,D].
+
+        By itself, so that it can be watched from outside.
+        """
+        qkv = self.c_attn(x).unflatten(-1, (3, self.heads, self.head_size)).transpose(1, 2)  # [B,3,T,H,D]
+        both, value = qkv.split((2, 1), dim=1)  # not slices: the gradient of each would be as large as the whole
+        query, key = rotate(both, context.cos, context.sin).unbind(1)
         if context.logn is not None:
             query = query * context.logn
         return query.transpose(1, 2), key.transpose(1, 2), value.squeeze(1).transpose(1, 2)
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int, maps: list[Tensor] | None) -> Tensor:
         """[B,T,C] to [B,T,C]; the attention map [B,H,T,S] is appended to `maps` if there is such a list."""
-        query, key, value = self.queries_keys_values(self.c_attn(x), context)
+        query, key, value = self.queries_keys_values(x, context)
         if context.cache is not None and context.slots is not None:
             key, value = context.cache.append(layer, key, value, context.slots, context.bucket)
         if maps is None:

@@ -103,7 +103,7 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
-def decoder_linears(config: QwenVLConfig) -> dict[str, tuple[int, int]]:
+def block_linears(config: QwenVLConfig) -> dict[str, tuple[int, int]]:
     """The linears of one decoder block by their names in the reference: inputs and outputs."""
     hidden, inner = config.hidden_size, config.mlp_width
     return {
@@ -116,11 +116,11 @@ def decoder_linears(config: QwenVLConfig) -> dict[str, tuple[int, int]]:
 
 
 def adapted_linears(config: QwenVLConfig, targets: Sequence[str]) -> list[tuple[int, int]]:
-    """Inputs and outputs of every linear that LoRA's targets name, in all layers."""
+    """Inputs and outputs of every linear that LoRA's targets name, in all layers; `lora.matches` without torch."""
     return [
         sizes
         for layer in range(config.num_hidden_layers)
-        for name, sizes in decoder_linears(config).items()
+        for name, sizes in block_linears(config).items()
         if any(f".transformer.h.{layer}.{name}".endswith(f".{target}") for target in targets)
     ]
 
@@ -129,7 +129,7 @@ def parameter_counts(config: QwenVLConfig) -> dict[str, int]:
     """Parameters of each part; those of the resampler's output, which is frozen with the tower, by themselves."""
     vision, hidden = config.visual, config.hidden_size
     width, inner = vision.width, vision.mlp_width
-    linears = sum(inputs * outputs for inputs, outputs in decoder_linears(config).values())
+    linears = sum(inputs * outputs for inputs, outputs in block_linears(config).values())
     vision_block = 4 * width * width + 2 * width * inner + 9 * width + inner
     vision_rest = width * (3 * vision.patch_size**2 + REFERENCE_GRID**2 + 2)
     kv_proj = 0 if width == hidden else width * hidden
@@ -160,7 +160,7 @@ def weight_bytes(config: QwenVLConfig, width: int) -> int:
     if (quantization := config.quantization_config) is None:
         return width * parameters
     packed = 0
-    for inputs, outputs in decoder_linears(config).values():
+    for inputs, outputs in block_linears(config).values():
         groups = -(-inputs // quantization.group_size)
         biases = 0 if outputs == 3 * inputs else outputs  # counted above for c_attn, which always has them
         # words, zero points, scales in 16 bits, the group of each input
@@ -225,7 +225,7 @@ def _casts(config: QwenVLConfig, work: Workload, adapted: Sequence[tuple[int, in
     """Bytes of one block's weights in the width that is computed in, where they are wider."""
     casts = 0
     if work.compute_bytes < work.weight_bytes:
-        casts += sum(inputs * outputs for inputs, outputs in decoder_linears(config).values())
+        casts += sum(inputs * outputs for inputs, outputs in block_linears(config).values())
     if work.compute_bytes < FLOAT:
         casts += work.rank * sum(inputs + outputs for inputs, outputs in adapted) // config.num_hidden_layers
     return work.compute_bytes * casts

@@ -20,9 +20,9 @@ from qwenvl.errors import CheckpointError
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.text.tokenizer import SPECIALS, Tokenizer
 from qwenvl.training.loop import fit
-from qwenvl.training.recipes import tiny, tiny_evaluate, tiny_vocabulary
+from qwenvl.training.recipes import tiny, tiny_evaluate
 from qwenvl.training.recipes.tiny import Student
-from qwenvl.training.recipes.tiny_pointing import LAYERS, POINTING_HEADS, TALLYING_HEADS
+from qwenvl.training.recipes.tiny_guidance import LAYERS, POINTING_HEADS, TALLYING_HEADS
 from qwenvl.training.recipes.tiny_scenes import Split
 
 FOLDERS = ["1-sight", "2-captions", "3-tasks", "4-chat"]
@@ -114,7 +114,6 @@ def test_size() -> None:
     assert config.visual.n_queries == config.visual.grid**2
     assert config.visual.image_size in (112, 168)
     assert config.visual.image_pad_id == tiny.MERGES + len(SPECIALS) - 1 < config.vocab_size
-    assert tiny.MERGES == tiny_vocabulary.MERGES
     assert QwenVLConfig.from_dict(config.to_dict()) == config
     assert max(LAYERS) < config.num_hidden_layers
     assert max(heads.stop for heads in (POINTING_HEADS, *TALLYING_HEADS)) <= config.num_attention_heads
@@ -133,7 +132,6 @@ def test_the_papers_stages() -> None:
         assert max(phase.rates(name) for name in names if ".decoder." not in name) < 1
     for phase in tiny.PHASES:
         assert set(phase.rows) <= set(tiny_evaluate.ROWS)
-        assert phase.pictures == phase.options.batch_size * (phase.options.steps or 0)
 
 
 def test_sight_sees_everything_from_the_beginning() -> None:
@@ -141,7 +139,7 @@ def test_sight_sees_everything_from_the_beginning() -> None:
     stages = {phase.name: phase.stage for phase in tiny.PHASES}
     assert stages["sight"].ramp == 0
     captions = next(phase for phase in tiny.PHASES if phase.name == "captions")
-    assert 0 < captions.stage.ramp <= captions.pictures  # which reaches its end
+    assert 0 < captions.stage.ramp <= captions.sequences  # which reaches its end
     assert stages["sight"].words > 0.5 > max(stage.words for name, stage in stages.items() if name != "sight")
 
 

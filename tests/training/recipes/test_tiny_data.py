@@ -13,7 +13,6 @@ import torch
 from support import write_vocabulary
 from torch import Tensor, nn
 
-from qwenvl.config import QwenVLConfig
 from qwenvl.image import preprocess
 from qwenvl.text.tokenizer import Tokenizer
 from qwenvl.training.loop import fit
@@ -22,7 +21,6 @@ from qwenvl.training.recipes import tiny, tiny_data
 from qwenvl.training.recipes.tiny_data import (
     CAPTIONS,
     CHAT,
-    STAGES,
     TASKS,
     SceneBatch,
     SceneDataset,
@@ -317,10 +315,8 @@ def test_points_and_groups_stand_beside_the_ids(tokenizer: Tokenizer) -> None:
 
 def test_stages() -> None:
     """The paper's three, by name; every skill that a stage mixes exists."""
-    assert list(STAGES) == ["captions", "tasks", "chat"]
-    assert STAGES["captions"] is CAPTIONS
-    for stage in STAGES.values():
+    assert [stage.name for stage in (CAPTIONS, TASKS, CHAT)] == ["captions", "tasks", "chat"]
+    for stage in (CAPTIONS, TASKS, CHAT):
         assert set(stage.skills) <= set(tiny_data.SKILLS)
         assert min(stage.skills.values()) > 0
     assert set(TASKS.skills) == set(tiny_data.SKILLS)
-    assert isinstance(tiny.config(), QwenVLConfig)

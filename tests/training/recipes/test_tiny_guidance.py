@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from qwenvl.training.recipes.tiny_dense import LETTERING, LETTERS, NUMBER, DenseHeads, dense_loss, dense_targets
-from qwenvl.training.recipes.tiny_pointing import (
-    LETTER,
-    aims,
+from qwenvl.training.recipes.tiny_guidance import (
+    aims_of,
     attention_at,
+    picture_columns,
     pointing_loss,
-    standing,
-    tallies,
+    tallies_of,
     tallying_loss,
     telling_loss,
 )
+from qwenvl.training.recipes.tiny_pointing import LETTER
 from qwenvl.training.recipes.tiny_scenes import Split, scene
 
 
@@ -49,8 +49,8 @@ def attending(tokens: int, *rows: dict[int, list[float]], firsts: Sequence[int] 
 
 def loss_of(maps: Tensor, wanted: Tensor, where: Tensor, dense: Tensor) -> Tensor:
     """The pointing loss of what points [B,T] aim at."""
-    found = aims(wanted, dense)
-    return pointing_loss(maps[found.rows, :, found.columns], standing(where, dense.shape[1], last=False), found)
+    found = aims_of(wanted, dense)
+    return pointing_loss(maps[found.rows, :, found.columns], picture_columns(where, dense.shape[1], last=False), found)
 
 
 def visual(tokens: int, *firsts: int, count: int = 4) -> Tensor:
@@ -183,7 +183,7 @@ def test_aims() -> None:
     dense = torch.cat((cells([0, 2, 2, 1], [0, 7, 4, 0]), cells([1, 1, 0, 2])))
     dense[0, :, 0] = torch.tensor([0, 7, 7, 3])
     kept = dense.clone()
-    found = aims(pointing(6, {4: 2, 5: LETTER + 4, 3: 4}, {2: 1}), dense)
+    found = aims_of(pointing(6, {4: 2, 5: LETTER + 4, 3: 4}, {2: 1}), dense)
     assert (found.rows.tolist(), found.columns.tolist()) == ([0, 0, 1], [4, 5, 2])
     assert found.cells.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 0, 0]]
     assert found.targets[:, [0, LETTERING, NUMBER]].tolist() == [[7, 0, 2], [7, 4, 2], [0, 0, 1]]
@@ -196,20 +196,20 @@ def test_telling_is_the_dense_loss_of_the_aims() -> None:
     heads, hidden, dense = DenseHeads(8), torch.randn(2, 6, 8), cells([1, 0, 2, 2], [0, 0, 5, 0])[[0, 0]]
     dense[..., :2], dense[..., 3:NUMBER] = 1, 500
     wanted = pointing(6, {5: 1}, {3: LETTER + 5, 4: 2})
-    loss = telling_loss(heads, hidden, aims(wanted, dense))
+    loss = telling_loss(heads, hidden, aims_of(wanted, dense))
     targets = torch.stack((dense[0, 0], dense[1, 2], dense[1, 2]))
     targets[2, LETTERING] = 0
     expected = dense_loss(heads(torch.stack((hidden[0, 5], hidden[1, 3], hidden[1, 4]))[None]), targets[None])
     assert torch.allclose(loss, expected)
     changed = torch.randn(2, 6, 8)
     changed[wanted > 0] = hidden[wanted > 0]
-    assert torch.equal(telling_loss(heads, changed, aims(wanted, dense)), loss)
+    assert torch.equal(telling_loss(heads, changed, aims_of(wanted, dense)), loss)
 
 
 def test_nothing_to_tell() -> None:
     """Without aims the loss is 0, and so are its gradients."""
     heads, hidden = DenseHeads(8), torch.randn(1, 6, 8, requires_grad=True)
-    loss = telling_loss(heads, hidden, aims(pointing(6, {}), cells([1, 0, 2, 2])))
+    loss = telling_loss(heads, hidden, aims_of(pointing(6, {}), cells([1, 0, 2, 2])))
     assert loss == 0
     loss.backward()
     assert hidden.grad is not None
@@ -222,7 +222,7 @@ def test_nothing_to_tell() -> None:
 def test_tallies() -> None:
     """Each phrase's token, and the cells of each thing that it means in its row's picture, letters apart."""
     dense = torch.cat((cells([0, 2, 2, 1], [0, 7, 4, 0]), cells([1, 1, 0, 2])))
-    found = tallies(pointing(6, {4: 1 + 2 + 4, 5: 1}, {2: 1 + 8, 3: 1 + 4}), dense)
+    found = tallies_of(pointing(6, {4: 1 + 2 + 4, 5: 1}, {2: 1 + 8, 3: 1 + 4}), dense)
     assert (found.rows.tolist(), found.columns.tolist()) == ([0, 0, 1, 1], [4, 5, 2, 3])
     assert found.cells.shape == (4, 6, 4)
     wanted = {(0, 0): [0, 0, 0, 1], (0, 1): [0, 1, 1, 0], (3, 1): [0, 0, 0, 1]}  # a third thing is on no cell
@@ -235,14 +235,14 @@ def looking(*shares: list[float]) -> tuple[Tensor, Tensor]:
     given = torch.zeros(len(shares), 1, 7)
     given[:, 0, 1:5] = torch.tensor(shares)
     given[:, 0, 0] = 1 - given.sum(dim=2)[:, 0]
-    return given, standing(visual(7, 1), 4, last=False)
+    return given, picture_columns(visual(7, 1), 4, last=False)
 
 
 def test_standing() -> None:
     """The columns of a row's first picture and of its last, in order, whatever stands between and around."""
     where = torch.cat((visual(12, 1) | visual(12, 7), visual(12, 6)))
-    assert standing(where, 4, last=False).tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
-    assert standing(where, 4, last=True).tolist() == [[7, 8, 9, 10], [6, 7, 8, 9]]
+    assert picture_columns(where, 4, last=False).tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    assert picture_columns(where, 4, last=True).tolist() == [[7, 8, 9, 10], [6, 7, 8, 9]]
 
 
 def test_tally_by_hand() -> None:
@@ -253,9 +253,9 @@ def test_tally_by_hand() -> None:
     exact = {both: [0.1, seventh - 0.1, seventh, 0.3], one: [0, seventh, 0.4, 0], none: [0, 0, 0, 0]}
     for phrase, shares in exact.items():
         given, where = looking(shares)
-        assert abs(tallying_loss(given, where, tallies(pointing(7, {5: phrase}), dense)).item()) < 1e-5
+        assert abs(tallying_loss(given, where, tallies_of(pointing(7, {5: phrase}), dense)).item()) < 1e-5
     given, where = looking([0.25, 0.25, 0.1, 0], [0, seventh, 0, 0])
-    loss = tallying_loss(torch.cat((given, given), dim=1), where, tallies(pointing(7, {5: both, 6: one}), dense))
+    loss = tallying_loss(torch.cat((given, given), dim=1), where, tallies_of(pointing(7, {5: both, 6: one}), dense))
     expected = seventh * (math.log(seventh / 0.5) + math.log(seventh / 0.1)) + 5 / 7 * math.log(5 / 7 / 0.4)
     assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
 

@@ -13,20 +13,20 @@ from qwenvl.config import QwenVLConfig
 from qwenvl.model.qwenvl import Output, QwenVL
 from qwenvl.text.tokenizer import Tokenizer
 from qwenvl.training.parameters import recomputed_activations
-from qwenvl.training.recipes import tiny
+from qwenvl.training.recipes import tiny, tiny_guidance
 from qwenvl.training.recipes.tiny import Student, answer_loss, sight_loss
 from qwenvl.training.recipes.tiny_data import TASKS, SceneBatch, SceneDataset, SceneSample, collate_scenes
-from qwenvl.training.recipes.tiny_pointing import (
+from qwenvl.training.recipes.tiny_guidance import (
     LAYERS,
     POINTING_HEADS,
     TALLYING_HEADS,
     Aims,
     Tallies,
-    aims,
+    aims_of,
+    picture_columns,
     pointing_loss,
     queries_and_keys,
-    standing,
-    tallies,
+    tallies_of,
     tallying_loss,
     telling_loss,
 )
@@ -89,7 +89,7 @@ def test_the_loss_is_next_token_loss_and_sight(
 def weigh(patch: pytest.MonkeyPatch, *weights: float) -> None:
     """Give the losses of guidance other weights: pointing, telling, tallying."""
     for name, weight in zip(WEIGHTS, weights, strict=True):
-        patch.setattr(tiny, name, weight)
+        patch.setattr(tiny_guidance, name, weight)
 
 
 def guidance(student: Student, batch: SceneBatch, patch: pytest.MonkeyPatch, *weights: float) -> tuple[Tensor, Tensor]:
@@ -121,19 +121,19 @@ def test_the_rest_is_guidance(student: Student, samples: list[SceneSample], monk
             return torch.cat([map_[tokens.rows, :, tokens.columns][:, heads] for map_ in maps], dim=1)
 
         visual = batch.input_ids == student.config.visual.image_pad_id
-        columns = [standing(visual, 64, last=last) for last in (False, True)]
-        found = aims(batch.points, torch.stack([one.dense[0] for one in samples]))
+        columns = [picture_columns(visual, 64, last=last) for last in (False, True)]
+        found = aims_of(batch.points, torch.stack([one.dense[0] for one in samples]))
         pointing = pointing_loss(looks(found, POINTING_HEADS), columns[0], found)
         telling = telling_loss(student.token_heads, (output.hidden_states or ())[1 + max(LAYERS)], found)
         tallying = torch.zeros(())
         for picture, which in enumerate((0, -1)):
-            phrases = tallies(batch.groups[:, picture], torch.stack([one.dense[which] for one in samples]))
+            phrases = tallies_of(batch.groups[:, picture], torch.stack([one.dense[which] for one in samples]))
             tallying += tallying_loss(looks(phrases, TALLYING_HEADS[picture]), columns[picture], phrases) / 2
             assert len(phrases.rows) > 2
         assert tallying > 0.01
         assert pointing > 1  # nobody has learned it
         assert telling > 5
-        chosen = (tiny.POINTING, tiny.TELLING, tiny.TALLYING)
+        chosen = (tiny_guidance.POINTING, tiny_guidance.TELLING, tiny_guidance.TALLYING)
         for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 10.0), chosen):
             term, count = guidance(student, batch, monkeypatch, *weights)
             expected = (weights[0] * pointing + weights[1] * telling + weights[2] * tallying) * count

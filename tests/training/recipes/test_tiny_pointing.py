@@ -12,7 +12,7 @@ from qwenvl.text.boxes import Box
 from qwenvl.text.prompt import training_example
 from qwenvl.text.tokenizer import SPECIALS, Tokenizer
 from qwenvl.training.recipes.tiny_dense import LETTERING, LETTERS, dense_targets
-from qwenvl.training.recipes.tiny_pointing import LETTER, NEAR, groups, points
+from qwenvl.training.recipes.tiny_pointing import LETTER, NEAR, find_groups, find_points
 from qwenvl.training.recipes.tiny_scenes import COLOURS, Scene, Thing, letters
 
 RED, ALSO_RED, BLUE = "(100,100),(300,500)", "(0,600),(200,1000)", "(600,500),(900,900)"
@@ -60,7 +60,7 @@ def base(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], l
 
 def looks(tokenizer: Tokenizer, shown: Scene, ids: list[int], labels: list[int]) -> list[tuple[int | str, str]]:
     """What is looked at, a thing's number or a letter, and the text that is found meanwhile."""
-    found = points(tokenizer, ids, labels, shown)
+    found = find_points(tokenizer, ids, labels, shown)
     assert len(found) == len(ids)
     assert found[-1] == 0
     runs = itertools.groupby(range(len(ids) - 1), key=found.__getitem__)
@@ -135,7 +135,7 @@ def test_a_question_does_not_reach_into_the_answer(tokenizer: Tokenizer) -> None
 def test_phrases_in_questions(tokenizer: Tokenizer, asked: str, expected: list[tuple[int, str]]) -> None:
     """Where the phrase of one thing alone ends it is looked at; not in an answer without boxes."""
     ids, labels = chat(tokenizer, asked, "a blue square.")
-    found = points(tokenizer, ids, labels, holding())
+    found = find_points(tokenizer, ids, labels, holding())
     rest = [(thing, tokenizer.decode(ids[at + 1 :])) for at, thing in enumerate(found) if thing]
     assert [(thing, text[:1]) for thing, text in rest] == expected
 
@@ -148,8 +148,8 @@ def test_a_phrase_that_ends_inside_a_token(tmp_path_factory: pytest.TempPathFact
     at = ids.index(tokenizer.encode(long)[0])
     assert tokenizer.decode([ids[at]]) == long
     only = [position == at for position in range(len(ids))]
-    assert points(tokenizer, ids, labels, holding()) == [2 * here for here in only]
-    assert groups(tokenizer, ids, labels, holding()) == [(1 + 2**2) * here for here in only]
+    assert find_points(tokenizer, ids, labels, holding()) == [2 * here for here in only]
+    assert find_groups(tokenizer, ids, labels, holding()) == [(1 + 2**2) * here for here in only]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_phrase_that_ends_inside_a_token(tmp_path_factory: pytest.TempPathFact
 def test_groups(tokenizer: Tokenizer, asked: str, meant: list[tuple[set[int], str]]) -> None:
     """Where a question's phrase ends, all that it means, be it nothing; answers are no questions."""
     ids, labels = chat(tokenizer, asked, "a blue square.")
-    found = [(at, group) for at, group in enumerate(groups(tokenizer, ids, labels, holding())) if group]
+    found = [(at, group) for at, group in enumerate(find_groups(tokenizer, ids, labels, holding())) if group]
     assert [
         ({number for number in range(1, 9) if group >> number & 1}, tokenizer.decode(ids[at + 1 :])[:1])
         for at, group in found
@@ -182,8 +182,8 @@ def test_tags_mean_nothing(tokenizer: Tokenizer) -> None:
     star = Thing("star", "red", Box(20, 10, 60, 50), COLOURS["red"])
     shown = Scene(0, 200, 100, (star,), "plain", ((128, 128, 128),) * 2)
     ids = [tokenizer.im_start_id, *tokenizer.encode("star?")]
-    assert groups(tokenizer, ids, [-100] * len(ids), shown)[0] == 0
-    assert sum(points(tokenizer, ids, [-100] * len(ids), shown)) == 1
+    assert find_groups(tokenizer, ids, [-100] * len(ids), shown)[0] == 0
+    assert sum(find_points(tokenizer, ids, [-100] * len(ids), shown)) == 1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_word_is_read_letter_by_letter(tokenizer: Tokenizer, word: str) -> Non
 def test_letters_have_the_classes_of_the_dense_targets(tokenizer: Tokenizer) -> None:
     """A letter's number less LETTER is the one in the cells that hold it; no thing has such a number."""
     sequence = chat(tokenizer, "Read the text.", "TAXI")
-    found = [point for point in points(tokenizer, *sequence, holding()) if point]
+    found = [point for point in find_points(tokenizer, *sequence, holding()) if point]
     assert found == [LETTER + 20, LETTER + 1, LETTER + 24, LETTER + 9]  # in the alphabet, from 1
     assert found == [LETTER + 1 + LETTERS.index(letter) for letter in "TAXI"]
     assert set(dense_targets(word_alone(), 8)[:, LETTERING].tolist()) - {0} == {point - LETTER for point in found}
@@ -250,7 +250,7 @@ def test_a_letter_that_is_one_token_with_its_space(tmp_path_factory: pytest.Temp
     tokenizer = Tokenizer(write_vocabulary(tmp_path_factory.mktemp("words"), "English"))
     assert tokenizer.decode(tokenizer.encode(" EXIT")[:1]) == " E"
     sequence = base(tokenizer, "Read the text. Answer:", " EXIT")
-    looked = [point - LETTER for point in points(tokenizer, *sequence, holding("EXIT")) if point]
+    looked = [point - LETTER for point in find_points(tokenizer, *sequence, holding("EXIT")) if point]
     assert looked == [1 + LETTERS.index(letter) for letter in "EXIT"]
 
 

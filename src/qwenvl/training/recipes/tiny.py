@@ -43,28 +43,12 @@ from .tiny_curves import plot
 from .tiny_data import CAPTIONS, CHAT, TASKS, SceneBatch, SceneDataset, Stage, collate_scenes
 from .tiny_dense import DenseHeads, dense_loss
 from .tiny_evaluate import LONGEST, evaluate, questions, report
-from .tiny_pointing import (
-    LAYERS,
-    POINTING_HEADS,
-    TALLYING_HEADS,
-    Aims,
-    Tallies,
-    aims,
-    attention_at,
-    pointing_loss,
-    queries_and_keys,
-    standing,
-    tallies,
-    tallying_loss,
-    telling_loss,
-)
+from .tiny_guidance import guidance_loss, queries_and_keys
 from .tiny_scenes import Split
 from .tiny_vocabulary import MERGES, vocabulary
 
 SEED = 2308
 NOTE = "a demonstration: it knows drawn shapes and short printed words, not photographs"
-# Weights of the losses on where to look, on what is seen there, and on how many there are.
-POINTING, TELLING, TALLYING = 0.3, 0.1, 3.0
 MEASURED = 300  # test questions of each row and language, at the end
 WATCHED = 12  # validation questions of each row and language, during training
 
@@ -101,11 +85,13 @@ class Student(nn.Module):
         self.model = QwenVL(config)
         self.patch_heads = DenseHeads(config.visual.width)
         self.token_heads = DenseHeads(config.visual.output_dim)
-        self._begin_well()
+        self._initialise()
 
     @torch.no_grad()
-    def _begin_well(self) -> None:
-        """Where weights drawn as usual would hold a small model back for long."""
+    def _initialise(self) -> None:
+        """First values for what would hold a small model back if drawn as usual: positions, and the resampler's way
+        from patch to visual token.
+        """
         table = self.model.visual.positional_embedding  # would drown in what the patches show
         table.copy_(sincos_positions(round(len(table) ** 0.5), table.shape[1]))
         resampler = self.model.resampler  # four products in a row: near nothing, they find a few directions only
@@ -144,42 +130,17 @@ def answer_loss(student: Student, batch: SceneBatch, *, beside: float) -> tuple[
     count = labelled.sum()
     logits = student.model.decoder.lm_head(output.hidden_states[-1][:, :-1][labelled])  # no others, to save work
     loss = F.cross_entropy(logits, targets[labelled], reduction="sum")
-    return loss + (beside * dense + _guidance(student, batch, output.hidden_states, seen)) * count, count
-
-
-def _guidance(
-    student: Student, batch: SceneBatch, hidden: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """The loss of looking elsewhere than at what an answer is about, of not telling what is there, or how many.
-
-    hidden: the states [B,T,C] before each layer. seen: queries and keys of the layers that point.
-    """
-    n_queries = student.config.visual.n_queries
-    visual = batch.input_ids == student.config.visual.image_pad_id
-    ends = (visual.sum(dim=1) // n_queries).cumsum(dim=0)  # of each row's pictures
-    columns = [standing(visual, n_queries, last=last) for last in (False, True)]
-    dense = batch.dense[F.pad(ends[:-1], (1, 0))], batch.dense[ends - 1]  # of the first and of the last
-    query, key = (torch.stack(both, dim=1) for both in zip(*seen, strict=True))  # [B,2,H,T,D]
-
-    def looks(tokens: Aims | Tallies, heads: slice) -> Tensor:
-        own = (given[:, :, heads].flatten(1, 2) for given in (query, key))
-        return attention_at(tokens.rows, tokens.columns, *own)
-
-    loss = hidden[0].new_zeros(())
-    found = aims(batch.points, dense[0])
-    if len(found.rows):
-        loss = loss + POINTING * pointing_loss(looks(found, POINTING_HEADS), columns[0], found)
-        loss = loss + TELLING * telling_loss(student.token_heads, hidden[1 + max(LAYERS)], found)
-    for picture, heads in enumerate(TALLYING_HEADS):
-        phrases = tallies(batch.groups[:, picture], dense[picture])
-        if len(phrases.rows):
-            loss = loss + TALLYING / 2 * tallying_loss(looks(phrases, heads), columns[picture], phrases)
-    return loss
+    guidance = guidance_loss(student.token_heads, student.config.visual, batch, output.hidden_states, seen)
+    return loss + (beside * dense + guidance) * count, count
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One call of `fit`; `rates` gives the factor on the learning rate for a parameter's name, 0 to leave it alone."""
+    """One call of `fit`.
+
+    rates: the factor on the learning rate for a parameter's name, 0 to leave it alone. rows: those of the evaluation's
+    table that are watched on the way.
+    """
 
     name: str
     stage: Stage
@@ -189,8 +150,8 @@ class Phase:
     rows: tuple[str, ...]
 
     @property
-    def pictures(self) -> int:
-        """Sequences that it takes."""
+    def sequences(self) -> int:
+        """How many it takes."""
         assert self.options.steps is not None
         return self.options.steps * self.options.batch_size
 
@@ -201,7 +162,6 @@ def _gentle(name: str) -> float:
 
 
 COMMON = TrainingOptions(
-    steps=1000,
     batch_size=16,
     learning_rate=1.5e-3,
     warmup_steps=200,
@@ -251,18 +211,23 @@ PHASES = (
 )
 
 
+def _folders(out: Path) -> list[Path]:
+    """Where the phases are."""
+    return [out / f"{number}-{phase.name}" for number, phase in enumerate(PHASES, 1)]
+
+
 def train(student: Student, tokenizer: Tokenizer, out: Path, max_minutes: float | None, quiet: bool) -> bool:
     """All phases that are left, one after the other, for `max_minutes` at most. Returns whether all are finished."""
     began = time.monotonic()
     first = 0
-    for number, phase in enumerate(PHASES, 1):
+    for folder, phase in zip(_folders(out), PHASES, strict=True):
         spent = (time.monotonic() - began) / 60
         options = replace(phase.options, max_minutes=None if max_minutes is None else max(max_minutes - spent, 1e-6))
         result = fit(
             student,
-            SceneDataset(tokenizer, student.config, phase.stage, Split.TRAIN, phase.pictures, first),
+            SceneDataset(tokenizer, student.config, phase.stage, Split.TRAIN, phase.sequences, first),
             options,
-            out / f"{number}-{phase.name}",
+            folder,
             objective=phase.objective,
             collate=collate_scenes,
             evaluate=partial(_watch, tokenizer=tokenizer, rows=phase.rows) if phase.rows else None,
@@ -271,7 +236,7 @@ def train(student: Student, tokenizer: Tokenizer, out: Path, max_minutes: float 
         )
         if not result.finished:
             return False
-        first += 2 * phase.pictures  # no picture is seen in two phases
+        first += 2 * phase.sequences  # no picture is seen in two phases
     return True
 
 
@@ -306,7 +271,7 @@ def export(student: Student, tokenizer_file: bytes, destination: Path, quiet: bo
 
 def finish(student: Student, tokenizer_file: bytes, out: Path, quiet: bool) -> None:
     """Export the model, measure what was exported on the test split, and draw the curves; print the table."""
-    plot([out / f"{number}-{phase.name}" for number, phase in enumerate(PHASES, 1)], out / "curves.png")
+    plot(_folders(out), out / "curves.png")
     if not (out / "checkpoint").exists():
         export(student, tokenizer_file, out / "checkpoint", quiet)
     device = next(student.parameters()).device

@@ -1,8 +1,9 @@
 """Sequences that the small model learns from: pictures with several questions each, so that a picture is paid once.
 
-Stage           which tasks a stage mixes, and how many pictures its curriculum takes
-STAGES          the three of the paper, in miniature
-SceneDataset    index -> Sample, endless and reproducible
+Stage                   which tasks a stage mixes, and how many pictures its curriculum takes
+CAPTIONS, TASKS, CHAT   the three of the paper, in miniature
+SceneDataset            index -> SceneSample, a pure function
+collate_scenes          samples -> SceneBatch
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...text.prompt import IGNORED_LABEL, training_example
 from ...text.tokenizer import IMAGE_TAGS, Tokenizer
 from ..batches import Batch, Sample, collate
 from .tiny_dense import dense_targets
-from .tiny_pointing import groups, points
+from .tiny_pointing import find_groups, find_points
 from .tiny_questions import SKILLS, Exchange, compare, dialogue, raw_form
 from .tiny_scenes import Scene, Split, draw, scene
 from .tiny_words import LANGUAGES, Language
@@ -38,7 +39,7 @@ class Stage:
     raw          share of sequences in the base form; the others are ChatML
     dialogues    share of ChatML sequences that are rounds about one thing
     pairs        share of sequences that compare two pictures
-    alone        share of sequences that tell everything at once, with no question before
+    alone        share of the other sequences that tell everything at once, with no question before
     ramp         pictures over which the most shapes grow from one to five; 0: five from the beginning
     budget       tokens of a sequence, about
     words        share of pictures with a printed word
@@ -51,7 +52,7 @@ class Stage:
     pairs: float = 0.0
     alone: float = 0.15
     ramp: int = 0
-    budget: int = 224  # tokens of a sequence
+    budget: int = 224
     words: float = 0.35
 
 
@@ -76,13 +77,12 @@ TASKS = Stage(
     words=0.45,
 )
 CHAT = Stage("chat", TASKS.skills, raw=0.2, dialogues=0.3, pairs=0.1, words=0.45)
-STAGES = {stage.name: stage for stage in (CAPTIONS, TASKS, CHAT)}
 
 
 @dataclass(frozen=True)
 class SceneSample(Sample):
     """A sample, what the cells of its pictures hold (dense [N,Q,8]), and for each token what it points at in the first
-    of them, and which things its phrase means in the first and in the last (`tiny_pointing.points` and `groups`).
+    of them, and which things its phrase means in the first and in the last (`tiny_pointing`).
     """
 
     dense: Tensor = field(repr=False)
@@ -118,7 +118,7 @@ def collate_scenes(samples: Sequence[SceneSample]) -> SceneBatch:
 
 
 class SceneDataset:
-    """Sequence `index` of a stage: a pure function of the index, the stage and the split."""
+    """Sequence `index` of a stage: a pure function of the index, `first`, the stage and the split."""
 
     in_order = True  # the curriculum is one
 
@@ -154,18 +154,16 @@ class SceneDataset:
         pixels = torch.stack([preprocess(draw(s), visual.image_size) for s in scenes])
         dense = torch.stack([dense_targets(s, round(visual.n_queries**0.5)) for s in scenes])
         source = f"{self.split.name.lower()} seed {seeds[0]}"
-        looks = points(self.tokenizer, ids, labels, scenes[0])
-        meant = [groups(self.tokenizer, ids, labels, shown) for shown in (scenes[0], scenes[-1])]
-        return SceneSample(ids, labels, pixels, source, dense, looks, meant)
+        points = find_points(self.tokenizer, ids, labels, scenes[0])
+        groups = [find_groups(self.tokenizer, ids, labels, shown) for shown in (scenes[0], scenes[-1])]
+        return SceneSample(ids, labels, pixels, source, dense, points, groups)
 
     def _exchanges(self, rng: random.Random, scene: Scene, language: Language, raw: bool) -> list[Exchange]:
         """Questions about a scene, none asked twice, as many as a sequence's budget holds, or one."""
         telling = [skill for skill in CLOSING if skill in self.stage.skills]
-        if (
-            telling
-            and rng.random() < self.stage.alone
-            and (exchange := SKILLS[rng.choice(telling)](rng, scene, language))
-        ):
+        if telling and rng.random() < self.stage.alone:
+            exchange = SKILLS[rng.choice(telling)](rng, scene, language)
+            assert exchange is not None, "there is always something to tell"
             return [exchange]
         room = self.stage.budget - self.config.visual.n_queries - (2 if raw else CHAT_FRAME)
         asked: list[Exchange] = []

@@ -2,8 +2,9 @@
 
 The paper starts from an OpenCLIP tower that has seen two billion pictures. Ours starts from nothing, so it first learns
 to say, for every cell of the query grid, the shape, the colour and the letter that lie there, where the edges of the
-thing are, and the digits that these begin with: what is spelt on the visual tokens, the decoder need only copy. The
-heads that say so read `encode_images`' output and are thrown away afterwards.
+thing are, and the digits that these begin with: what is spelt on the visual tokens, the decoder need only copy. One
+set of heads reads the patches, another the visual tokens (and, in `tiny_guidance`, hidden states); both are thrown away
+afterwards.
 
     dense_targets     the numbers to be learned, drawn from a scene
     DenseHeads        features [N,Q,C] to predictions
@@ -87,7 +88,7 @@ def _per_cell(drawn: Image.Image, grid: int) -> np.ndarray[tuple[int], np.dtype[
 
 
 class DenseHeads(nn.Module):
-    """Linear predictions from visual tokens, so that what they say lies open for the decoder to read."""
+    """Linear predictions from features, so that what they say lies open for the decoder to read."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
