@@ -87,7 +87,7 @@ def test_auto_device(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
-        assert loading._choose_device("auto").type == expected
+        assert loading.choose_device("auto").type == expected
 
 
 def test_auto_dtype_falls_to_bfloat16_where_memory_is_short(

@@ -1,6 +1,7 @@
 """From a checkpoint's name to a pipeline.
 
-load   resolve the name, build the model on the meta device, adapt it, and put the tensors in one by one
+load            resolve the name, build the model on the meta device, adapt it, and put the tensors in one by one
+choose_device   where it is put
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def load(
     folder = resolve(name, revision=revision, cache_dir=cache_dir, quiet=quiet)
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
-    device = _choose_device(device)
+    device = choose_device(device)
     dtype = _choose_dtype(dtype, device, checkpoint, quiet)
     # The small files before the large ones: what is wrong with them should not take minutes to be said.
     generation_config = GenerationConfig.load(folder)
@@ -81,7 +82,8 @@ def load(
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
 
-def _choose_device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that is meant, `auto` being the fastest there is. Raises ConfigError for one that is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

@@ -264,11 +264,20 @@ def test_another_base_is_refused(folder: Path, dtype: torch.dtype) -> None:
     refused(CheckpointError, finetuned, folder, "another base model")
 
 
+def test_a_base_that_took_an_adapter_in_is_another(folder: Path) -> None:
+    """Folding in changes the linears alone. It was trained over those without: it would be taken in twice."""
+    merged = base()
+    load_adapter(merged, folder, merge=True)
+    refused(CheckpointError, merged, folder, "another base model")
+    refused(CheckpointError, merged.bfloat16(), folder, "another base model")
+
+
 def test_damaged_record_of_the_base(folder: Path) -> None:
     """A header that was edited by hand is a damaged file, not a bug."""
     for record in ("[1, 2", '{"a": 1}', '["x"]', "[[1], [1, 2]]", f"[{10**400}]", "[" * 10_000):
-        save_file(load_file(folder / FILE), folder / FILE, {"format": "pt", "qwenvl_base": record})
-        refused(CheckpointError, base(), folder, "damaged")
+        for key in ("qwenvl_base", "qwenvl_base_linears"):
+            save_file(load_file(folder / FILE), folder / FILE, {"format": "pt", key: record})
+            refused(CheckpointError, base(), folder, "damaged", key)
 
 
 @pytest.mark.parametrize(

@@ -285,14 +285,23 @@ def test_flags_override_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     settings = TrainSettings(**read_toml(path))
     assert settings == TrainSettings(steps=5, seed=4, lora_targets=("w1", "w2"), betas=(0.5, 0.6))
     assert command(capsys, "train", str(path), "--print-config")[1] == out
+    _, out, _ = command(
+        capsys, "train", str(path), "--epochs", "2", "--print-config"
+    )  # one length takes the other's place
+    path.write_text(out)
+    settings = TrainSettings(**read_toml(path))
+    assert (settings.steps, settings.epochs) == (None, 2)
 
 
-def test_dry_run(train: Train, tmp_path: Path) -> None:
-    """`--dry-run` checks the data, tells the memory, and writes nothing."""
+def test_dry_run(train: Train, tmp_path: Path, chat_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--dry-run` checks data and settings, tells the memory, and writes nothing."""
     facts = told(train("--dry-run", "--json"))
     assert (facts["stopped"], facts["finished"]) == ("dry run", False)
     assert facts["memory_bytes"] > 0
     assert not (tmp_path / "run").exists()
+    words = ("--model", str(chat_folder), "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "run"))
+    long = ("--epochs", "1", "--warmup-steps", "50", "--max-length", "256", "--dry-run", "--quiet")
+    mistaken(command(capsys, "train", *words, *long), "warmup_steps 50")
     (tmp_path / "picture.png").unlink()
     mistaken(train("--dry-run"), "4 of 4 records", "data.jsonl:1: there is no picture")
 
@@ -326,6 +335,8 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (["--dtype", "float16"], ["dtype must be auto or float32 or bfloat16"]),
         (["--method", "full", "--dtype", "bfloat16"], ["dtype must be auto or float32 for method full"]),
         (["--device", "cuda:99"], ["cuda:99"]),
+        (["--device", "cuda:99", "--dry-run"], ["cuda:99"]),
+        (["--lora-targets", "qkv", "--dry-run"], ["qkv", "names no linear"]),
         (["--output", "full"], ["full holds something else"]),
         (["--output", "."], [". holds something else"]),
         (["--output", "data.jsonl"], ["data.jsonl cannot be the output folder"]),
@@ -371,6 +382,27 @@ def test_loss_that_is_no_number(train: Train, tmp_path: Path) -> None:
     assert len(failed["sources"]) == 2
     assert all(source.startswith("data.jsonl:") for source in failed["sources"])
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_was_learned_before_a_loss_that_is_no_number(
+    train: Train, tmp_path: Path, chat_folder: Path, method: str
+) -> None:
+    """It is written under another name than a finished run's, also when the same command fails again."""
+    flags = ("--method", method, "--learning-rate", "1e38", "--clip", "0", "--warmup-steps", "0")
+    kind = "adapter" if method == "lora" else "model"
+    for _ in range(2):
+        mistaken(train(*flags), "update 2 has loss nan", f"learned before is in {tmp_path / 'run'}/{kind}-1")
+    kept = str(tmp_path / "run" / f"{kind}-1")
+    qwenvl.load(chat_folder if method == "lora" else kept, adapter=kept if method == "lora" else None, quiet=True)
+    assert not (tmp_path / "run" / kind).exists()
+
+
+def test_killed_while_the_settings_were_written(train: Train, tmp_path: Path) -> None:
+    """The half of a file that this leaves is nobody else's."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.toml.tmp").write_text("stee")
+    assert train("--dry-run")[0] == 0
 
 
 def test_output_of_another_run(train: Train, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_bad_records(
     """Each is fatal with its line and reason, or skipped with the same words."""
     record, reason = BAD[name]
     path = write(folder / "train.jsonl", ["", GOOD[1], record, GOOD[1]])
-    with one_line_error(DataError, "train.jsonl:3: ", reason, "1 of 3 records"):
+    with one_line_error(DataError, "train.jsonl:3", reason, "1 of 3 records"):
         ConversationDataset(path, tokenizer, config, max_length=64, quiet=True)
     dataset = ConversationDataset(path, tokenizer, config, max_length=64, on_error="skip")
     assert (len(dataset), len(dataset.bad)) == (2, 1)
@@ -135,8 +136,10 @@ def test_bad_records(
     assert reason in told
 
 
-def test_all_bad_records_are_told(folder: Path, tokenizer: Tokenizer, config: QwenVLConfig) -> None:
-    """The line quotes the first few and counts them all; the error has every one."""
+def test_all_bad_records_are_told(
+    folder: Path, tokenizer: Tokenizer, config: QwenVLConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line quotes the first few and counts them all; the error has every one, and a list is printed above it."""
     path = write(folder / "train.json", [{"id": f"n{number}"} for number in range(5)] + GOOD)
     with pytest.raises(DataError) as caught:
         ConversationDataset(path, tokenizer, config, quiet=True)
@@ -146,6 +149,26 @@ def test_all_bad_records_are_told(folder: Path, tokenizer: Tokenizer, config: Qw
     assert [line.partition(":")[0] for line in caught.value.bad] == [
         f"train.json record {number} ('n{number - 1}')" for number in range(1, 6)
     ]
+    capsys.readouterr()
+    for choice in ("fatal", "skip"):
+        with contextlib.suppress(DataError):
+            ConversationDataset(path, tokenizer, config, on_error=choice)  # type: ignore[arg-type]
+        printed = capsys.readouterr().err
+        assert all(line in printed for line in caught.value.bad)
+    write(path, [{"id": f"n{number}"} for number in range(105)] + GOOD)
+    ConversationDataset(path, tokenizer, config, on_error="skip")
+    printed = capsys.readouterr().err
+    assert "... and 5 more" in printed
+    assert "n99" in printed
+    assert "n100" not in printed
+
+
+def test_one_object_over_several_lines(folder: Path, tokenizer: Tokenizer, config: QwenVLConfig) -> None:
+    """As an editor writes it: one record, told by its id."""
+    path = folder / "one.json"
+    path.write_text(json.dumps({"id": "only"} | GOOD[0], indent=2))
+    dataset = ConversationDataset(path, tokenizer, config, quiet=True)
+    assert (len(dataset), dataset[0].source) == (1, "one.json:1 ('only')")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +219,9 @@ def test_broken_pictures(
     told = capfd.readouterr().err
     assert "train.jsonl:2" in told
     assert "train.jsonl:3" in told
+    if workers == 0:
+        assert dataset[1].source == "train.jsonl:4"
+        assert capfd.readouterr().err == ""  # told once
     dataset = ConversationDataset(write(path, [broken]), tokenizer, config, on_error="skip", quiet=True)
     with one_line_error(DataError, "no record has pictures that can be read"):
         dataset[0]

@@ -46,7 +46,9 @@ from .lora import (
 
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = {"transformer.wte": "decoder.wte", "lm_head": "decoder.lm_head"}
-_BASE_KEY = "qwenvl_base"  # in the header: some values of the base model, as a JSON list
+# In the header, as JSON lists: some values of the base model, of weights that packing leaves alone and of those that
+# adapters are folded into.
+_BASE_KEY, _LINEARS_KEY = "qwenvl_base", "qwenvl_base_linears"
 _SAMPLED = 8  # values of each tensor that is sampled
 _ROUNDING = 2**-7  # twice what rounding to bfloat16 can change: a base may be loaded in another dtype than before
 # What PEFT's configuration may say without changing what an adapter computes, once it is trained.
@@ -88,11 +90,11 @@ def save_adapter(model: QwenVL, folder: str | Path, base_name: str | None = None
         name: _gathered(model.get_submodule(slot.path).get_parameter(slot.parameter))
         for name, slot in _slots(model, options).items()
     }
-    base = json.dumps(_base_sample(model))
+    base = {_BASE_KEY: json.dumps(_base_sample(model)), _LINEARS_KEY: json.dumps(_linears_sample(model))}
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
         return
     config = json.dumps(_peft_config(model.config, options, base_name), indent=2) + "\n"
-    _write(Path(os.path.abspath(folder)), config, tensors, {"format": "pt", _BASE_KEY: base})
+    _write(Path(os.path.abspath(folder)), config, tensors, {"format": "pt"} | base)
 
 
 @torch.no_grad()
@@ -154,14 +156,30 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _base_sample(model: QwenVL) -> list[float]:
     """Some values of the weights that no adapter changes and no packing rounds: by them a base is known again."""
-    sampled = []
-    for entry in entries(model.config):
-        if ".ln_" in entry.ours or entry.ours.endswith(("attn.c_attn.bias", "conv1.weight", "resampler.query")):
-            path, _, name = entry.ours.rpartition(".")
-            owner = model.get_submodule(path)
-            tensor = getattr(owner.base if isinstance(owner, LoraLinear) else owner, name)
-            sampled.append(_gathered(tensor).flatten()[:_SAMPLED].float())
-    return torch.cat(sampled).tolist()
+    kinds = "attn.c_attn.bias", "conv1.weight", "resampler.query"
+    paths = [entry.ours for entry in entries(model.config) if ".ln_" in entry.ours or entry.ours.endswith(kinds)]
+    return [value for path in paths for value in _sample(model, path)]
+
+
+def _linears_sample(model: QwenVL) -> list[float]:
+    """Some values of the decoder's linears as bfloat16 has them, whatever the base was loaded in; none if packed.
+
+    A base with an adapter folded in differs from the one without in these alone.
+    """
+    if model.config.quantization_config is not None:
+        return []
+    paths = [f"{path}.weight" for path in decoder_linears(model.config).values()]
+    return [value for path in paths for value in _sample(model, path, torch.bfloat16)]
+
+
+def _sample(model: QwenVL, path: str, dtype: torch.dtype = torch.float32) -> list[float]:
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    tensor = getattr(owner.base if isinstance(owner, LoraLinear) else owner, name).detach()
+    whole = getattr(tensor, "full_tensor", None)
+    tensor = tensor if whole is None else whole()
+    first: list[float] = tensor[(0,) * (tensor.dim() - 1)][:_SAMPLED].to(dtype).tolist()
+    return first
 
 
 def _peft_config(config: QwenVLConfig, options: LoraOptions, base_name: str | None) -> dict[str, Any]:
@@ -300,19 +318,34 @@ def _read_tensors(path: Path, model: QwenVL, options: LoraOptions) -> list[tuple
         if names
     ]:
         raise CheckpointError(f"{path} is not an adapter for this model: {'; '.join(found)}")
-    _check_base(path, (opened.metadata() or {}).get(_BASE_KEY), model)
+    _check_base(path, opened.metadata() or {}, model)
     return [(slot, opened.get_tensor(name)) for name, slot in slots.items()]
 
 
-def _check_base(path: Path, recorded: str | None, model: QwenVL) -> None:
-    """Refuse an adapter whose base had other weights, as far as the recorded sample can tell."""
-    if recorded is None:
-        return
-    try:
-        then = torch.tensor(json.loads(recorded), dtype=torch.float32)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        raise CheckpointError(f"{path} is damaged: its header's {_BASE_KEY} is not a list of numbers") from None
-    now = torch.tensor(_base_sample(model))
-    if then.shape != now.shape or not torch.allclose(then, now, rtol=_ROUNDING, atol=1e-6):
+def _check_base(path: Path, header: dict[str, str], model: QwenVL) -> None:
+    """Refuse an adapter whose base had other weights, as far as the recorded samples can tell."""
+    recorded, linears = (_numbers(path, key, header) for key in (_BASE_KEY, _LINEARS_KEY))
+    same = recorded is None or _alike(recorded, _base_sample(model), _ROUNDING)
+    here = _linears_sample(model)
+    if linears is not None and len(linears) and here:  # neither base is packed
+        half = model.decoder.ln_f.weight.dtype == torch.float16  # through which bfloat16 values do not pass unchanged
+        same = same and _alike(linears, here, _ROUNDING if half else 0.0)
+    if not same:
         name = read_json(path.with_name(ADAPTER_CONFIG_FILE)).get("base_model_name_or_path")
         raise CheckpointError(f"{path} was trained on another base model, {name or 'unnamed'}: load that one under it")
+
+
+def _numbers(path: Path, key: str, header: dict[str, str]) -> Tensor | None:
+    """A list in the header; None if it is not there."""
+    if key not in header:
+        return None
+    try:
+        return torch.tensor(json.loads(header[key]), dtype=torch.float32)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        raise CheckpointError(f"{path} is damaged: its header's {key} is not a list of numbers") from None
+
+
+def _alike(then: Tensor, now: list[float], rounding: float) -> bool:
+    return then.shape == (len(now),) and torch.allclose(
+        then, torch.tensor(now), rtol=rounding, atol=1e-6 * bool(rounding)
+    )

@@ -95,6 +95,9 @@ def run(given: argparse.Namespace) -> None:
     """The command. Raises QwenVLError."""
     from_file = {} if given.config is None else read_toml(given.config)
     flags = {s.name: value for s in fields(TrainSettings) if (value := getattr(given, s.name)) is not None}
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in flags and other not in flags:  # two ways to say the same: the flag's counts
+            from_file.pop(other, None)
     settings = TrainSettings(**from_file | flags)
     _ = settings.training, settings.lora  # what is wrong with these should not wait for the data
     if given.print_config:

@@ -32,7 +32,7 @@ from .errors import DataError
 
 POLICY = ImagePolicy(allow_urls=False)  # an epoch should not depend on other people's servers
 MAX_LENGTH = 2048  # tokens, unless the caller says otherwise; the length of the reference's training
-SHOWN = 3  # bad records that a message quotes
+SHOWN, LISTED = 3, 100  # bad records that an error quotes, and that are listed above it
 
 
 class _BadRecord(Exception):
@@ -70,6 +70,7 @@ class ConversationDataset:
         self._sources: list[str] = []
         self.lengths: list[int] = []
         self._newlines = frozenset(tokenizer.encode("\n"))
+        self._broken: set[int] = set()  # records whose pictures could not be decoded, which is told once
         seen = hashlib.sha256()
         bad = []
         records = tqdm(_records(self.path), desc=f"checking {self.path.name}", unit="record", disable=quiet or None)
@@ -100,6 +101,9 @@ class ConversationDataset:
     def _report(self, quiet: bool) -> None:
         count = len(self._records) + len(self.bad)
         first = "; ".join(self.bad[:SHOWN]) + ("; ..." if len(self.bad) > SHOWN else "")
+        if len(self.bad) > SHOWN and not quiet:
+            more = [f"... and {len(self.bad) - LISTED} more"] if len(self.bad) > LISTED else []
+            tqdm.write("\n".join([*self.bad[:LISTED], *more]), file=sys.stderr)
         told = f"{self.path}: {len(self.bad)} of {count} records cannot be trained on: {first}"
         if self.bad and self.on_error == "fatal":
             raise DataError(f"{told} (on_error 'skip' leaves them out)", self.bad)
@@ -123,7 +127,9 @@ class ConversationDataset:
                 told = f"{self._sources[at]}: {error}"
                 if self.on_error == "fatal":
                     raise DataError(f"{told} (on_error 'skip' takes another record)", [told]) from None
-                tqdm.write(f"{told}; the next record stands in for it", file=sys.stderr)
+                if at not in self._broken:
+                    tqdm.write(f"{told}; the next record stands in for it", file=sys.stderr)
+                self._broken.add(at)
                 continue
             return Sample(example.ids, example.labels, torch.stack(pixels) if pixels else None, self._sources[at])
         raise DataError(f"{self.path}: no record has pictures that can be read")
@@ -178,7 +184,7 @@ class ConversationDataset:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record of a file with where it stands ("train.jsonl:17"); one that is no JSON is a _BadRecord."""
+    """Each record of a file with where it stands ("train.jsonl:17") and its id; one that is no JSON is a _BadRecord."""
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -189,12 +195,25 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}") from None
         for number, record in enumerate(records, 1):
-            name = record.get("id") if isinstance(record, dict) else None
-            yield f"{path.name} record {number}" + (f" ({shown(name)})" if name is not None else ""), record
+            yield f"{path.name} record {number}{_named(record)}", record
+        return
+    single = _parsed(data)
+    if isinstance(single, dict):  # which may be spread over lines
+        yield f"{path.name}:1{_named(single)}", single
         return
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
-            try:
-                yield f"{path.name}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{path.name}:{number}", _BadRecord(f"not JSON: {error}")
+            record = _parsed(line)
+            yield f"{path.name}:{number}{_named(record)}", record
+
+
+def _parsed(text: bytes) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _BadRecord(f"not JSON: {error}")
+
+
+def _named(record: Any) -> str:  # noqa: ANN401 - parsed JSON
+    name = record.get("id") if isinstance(record, dict) else None
+    return "" if name is None else f" ({shown(name)})"

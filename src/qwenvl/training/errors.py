@@ -16,4 +16,8 @@ class DataError(QwenVLError):
 
 
 class TrainingError(QwenVLError):
-    """A training run that cannot begin or go on."""
+    """A training run that cannot begin or go on; `updates` were made before, and the model has them."""
+
+    def __init__(self, message: str, updates: int = 0) -> None:
+        super().__init__(message)
+        self.updates = updates

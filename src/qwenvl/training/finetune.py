@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 
 from ..adapt.adapters import save_adapter
-from ..adapt.lora import add_lora
+from ..adapt.lora import add_lora, target_paths
 from ..errors import CheckpointError, ConfigError, QwenVLError
-from ..files import whole_file
-from ..loading import load
+from ..files import TEMPORARY, whole_file
+from ..loading import choose_device, load
 from ..pipeline import Pipeline
 from ..text.tokenizer import VOCABULARY_FILE, Tokenizer
 from ..weights.checkpoint import Checkpoint
@@ -90,7 +90,11 @@ def train(settings: TrainSettings, *, quiet: bool = False, dry_run: bool = False
 def _check_output(output: Path, settings: TrainSettings) -> None:
     """Raise CheckpointError if the output folder is another run's, or no run's."""
     try:
-        names = {path.name for path in output.iterdir()} - {LOCK_FILE} if output.exists() else set()
+        names = (
+            {path.name for path in output.iterdir()} - {LOCK_FILE, SETTINGS_FILE + TEMPORARY}
+            if output.exists()
+            else set()
+        )
     except OSError as error:
         raise CheckpointError(f"{output} cannot be the output folder: {error.strerror}") from None
     # Settings alone are left by a run that ended before its first update; beside other files, they are a user's own.
@@ -130,10 +134,13 @@ class _Run:
         self.options = settings.training
         folder = resolve(settings.model, revision=settings.revision, cache_dir=settings.cache_dir, quiet=quiet)
         self.checkpoint = Checkpoint(folder)
-        self.cuda = torch.cuda.is_available() and settings.device.startswith(("auto", "cuda"))
+        self.cuda = choose_device(settings.device).type == "cuda"
+        if settings.method != "full":
+            target_paths(self.checkpoint.config, settings.lora.targets)
         self.dtype = self._dtype()
         self.data = self._dataset(settings.data or "")
         self.evaluation_data = None if settings.evaluation_data is None else self._dataset(settings.evaluation_data)
+        self.options.total_steps(len(self.data))
         self.memory = self._memory()
         self._check_memory()
 
@@ -222,7 +229,13 @@ class _Run:
             randomness.seed(self.options.seed)  # for the adapters' first values, alike on all ranks
             add_lora(vl.model, self.settings.lora)
         data, evaluation, quiet = self.data, self.evaluation_data, self.quiet
-        result = fit(vl.model, data, self._options_for(vl), self.output, evaluation_dataset=evaluation, quiet=quiet)
+        try:
+            result = fit(vl.model, data, self._options_for(vl), self.output, evaluation_dataset=evaluation, quiet=quiet)
+        except TrainingError as error:
+            if error.updates:  # what they taught would else be lost, since this run can only fail again
+                kept = self._write_result(vl, f"-{error.updates}")
+                raise TrainingError(f"{error}; what was learned before is in {kept}") from None
+            raise
         if result.finished:
             self._write_result(vl)
         return result
@@ -243,12 +256,14 @@ class _Run:
         wanted = options.dtype_on(self.devices.device or vl.device)
         return options if dtype in (torch.float32, wanted) else replace(options, precision="bfloat16")
 
-    def _write_result(self, vl: Pipeline) -> None:
-        """Every rank must call this, and the first one writes; what an earlier call wrote is kept."""
+    def _write_result(self, vl: Pipeline, suffix: str = "") -> Path:
+        """Every rank must call this, and the first one writes; what an earlier call wrote is kept. Returns where."""
+        folder = self.output / ((MODEL if self.settings.method == "full" else ADAPTER) + suffix)
         if self.settings.method == "full":
             state = export(vl.model)
             if self.devices.first:
-                write_model(state, self.checkpoint, self.output / MODEL, quiet=self.quiet)
-        elif not (self.output / ADAPTER).is_dir():
-            save_adapter(vl.model, self.output / ADAPTER, self.settings.model)
+                write_model(state, self.checkpoint, folder, quiet=self.quiet)
+        elif not folder.is_dir():
+            save_adapter(vl.model, folder, self.settings.model)
         self.devices.wait()
+        return folder

@@ -219,7 +219,7 @@ class _Run:
                 try:
                     self.save(progress)
                 except CheckpointError as second:
-                    raise TrainingError(f"{error}; and {second}") from None
+                    raise TrainingError(f"{error}; and {second}", getattr(error, "updates", 0)) from None
             raise
 
     def _course(self, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -302,7 +302,8 @@ class _Run:
                 where += f", in {path},"
         raise TrainingError(
             f"update {step + 1} has loss {loss:g} and gradient norm {norm:g}, so it was not made: look at {where} or "
-            "begin anew in another folder with a lower learning rate"
+            "begin anew in another folder with a lower learning rate",
+            updates=step,
         )
 
     def evaluate(self, function: Evaluate | None, dataset: Dataset | None) -> dict[str, float]:
