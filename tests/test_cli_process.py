@@ -72,16 +72,16 @@ def test_broken_pipe(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Options for an answer of 900 tokens: nothing that ends one is ever the likeliest."""
+    """Options for an answer of many seconds: nothing that ends one is ever the likeliest."""
     folder = tmp_path_factory.mktemp("endless")
     vocabulary = write_vocabulary(folder)
     tokenizer = Tokenizer(vocabulary)
-    model = random_model(chat_config(tokenizer))
+    model = random_model(chat_config(tokenizer, max_position_embeddings=16_384))
     with torch.no_grad():
         model.decoder.lm_head.weight[[tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eos_id]] = 0
     generation = {"chat_format": "chatml", "eos_token_id": tokenizer.eos_id}
     checkpoint = write_checkpoint(folder / "checkpoint", model, vocabulary, generation)
-    return "--model", str(checkpoint), "--max-new-tokens", "900", "--greedy"
+    return "--model", str(checkpoint), "--max-new-tokens", "16000", "--greedy"
 
 
 def test_interrupt(endless: tuple[str, ...]) -> None:

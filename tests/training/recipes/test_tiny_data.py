@@ -29,7 +29,8 @@ from qwenvl.training.recipes.tiny_data import (
     collate_scenes,
 )
 from qwenvl.training.recipes.tiny_dense import LETTERS, dense_targets
-from qwenvl.training.recipes.tiny_pointing import LETTER, MOST
+from qwenvl.training.recipes.tiny_guidance import MOST
+from qwenvl.training.recipes.tiny_pointing import LETTER
 from qwenvl.training.recipes.tiny_questions import place
 from qwenvl.training.recipes.tiny_scenes import Split, draw, scene
 from qwenvl.training.recipes.tiny_words import ENGLISH, LANGUAGES

@@ -213,8 +213,8 @@ def pictures_of_training() -> Iterator[range]:
     """The indices into the training split of every phase's pictures, as `train` hands them out."""
     first = 0
     for phase in tiny.PHASES:
-        yield range(first, first + 2 * phase.pictures)
-        first += 2 * phase.pictures
+        yield range(first, first + 2 * phase.sequences)
+        first += 2 * phase.sequences
 
 
 def test_no_test_picture_is_in_training() -> None:
