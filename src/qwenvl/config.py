@@ -162,7 +162,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How the decoder's linears are packed (GPTQ, AutoGPTQ v1 layout)."""
+    """How the decoder's linears are packed (GPTQ, AutoGPTQ v1 layout).
+
+    `bits` is 4 or 8. There is one scale and one zero point for each `group_size` inputs of an output, or for all of its
+    inputs if that is -1.
+    """
 
     bits: int = 4
     group_size: int = 128
@@ -172,9 +176,19 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         _require(self.quant_method == "gptq", f"quant_method {self.quant_method!r} is not supported, only 'gptq'")
-        _require(self.bits == 4 and self.bits is not True, f"bits must be 4, not {self.bits!r}")
-        _positive_whole_numbers(self, "group_size")
+        _require(type(self.bits) is int and self.bits in (4, 8), f"bits must be 4 or 8, not {self.bits!r}")
+        if self.group_size != -1:
+            _positive_whole_numbers(self, "group_size")
         _booleans(self, "sym", "desc_act")
+
+    @property
+    def per_word(self) -> int:
+        """Values in an int32."""
+        return 32 // self.bits
+
+    def groups(self, inputs: int) -> int:
+        """How many groups a linear of so many inputs has; the last may be a short one."""
+        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
 
 @dataclass(frozen=True)

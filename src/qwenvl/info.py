@@ -12,7 +12,6 @@ from typing import Any
 
 from .config import GenerationConfig
 from .weights.checkpoint import Checkpoint
-from .weights.gptq import PER_WORD
 from .weights.keymap import Entry
 
 # Parts in reading order: what people call them, and how the names of their tensors begin.
@@ -25,12 +24,12 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _parameters(entry: Entry) -> int:
-    """How many of the model's parameters a tensor holds: packed words hold eight, their scales and zeros none."""
+def _parameters(entry: Entry, per_word: int) -> int:
+    """How many of the model's parameters a tensor holds: packed words hold several, their scales and zeros none."""
     leaf = entry.ours.rpartition(".")[2]
     if leaf in ("qzeros", "scales", "g_idx"):
         return 0
-    return math.prod(entry.our_shape) * (PER_WORD if leaf == "qweight" else 1)
+    return math.prod(entry.our_shape) * (per_word if leaf == "qweight" else 1)
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -40,9 +39,10 @@ def summarize(folder: Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(folder)
     config, generation = checkpoint.config, GenerationConfig.load(folder)
+    per_word = 1 if config.quantization_config is None else config.quantization_config.per_word
     parts = {
         part: {
-            "parameters": sum(_parameters(e) for e in checkpoint.entries if e.ours.startswith(beginning)),
+            "parameters": sum(_parameters(e, per_word) for e in checkpoint.entries if e.ours.startswith(beginning)),
             "bytes": sum(checkpoint.at(e).bytes for e in checkpoint.entries if e.ours.startswith(beginning)),
         }
         for part, beginning in PARTS.items()
@@ -66,10 +66,13 @@ def describe(facts: dict[str, Any]) -> str:
     """The facts as lines for a terminal."""
     config, visual = facts["config"], facts["config"]["visual"]
     quantized = config.get("quantization_config")
-    bits = f"int4 (groups of {quantized['group_size']})" if quantized else ", ".join(facts["dtypes"])
+    stored = ", ".join(facts["dtypes"])
+    if quantized:
+        size = quantized["group_size"]
+        stored = f"int{quantized['bits']} ({'one scale an output' if size == -1 else f'groups of {size}'})"
     grid = visual["image_size"] // visual["patch_size"]
     lines = [
-        f"{facts['folder']}: {facts['layout']} layout, {facts['chat_format']}, {bits}",
+        f"{facts['folder']}: {facts['layout']} layout, {facts['chat_format']}, {stored}",
         *([f"note: {facts['note']}"] if facts["note"] else []),
         "",
         f"vision    {visual['image_size']} px in {grid} x {grid} patches, {visual['layers']} layers of "

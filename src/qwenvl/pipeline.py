@@ -280,7 +280,14 @@ class Pipeline:
         new: list[int] = []
         try:
             for step in decode(
-                self.model, session.cache, logits, history, options, stop_ids=ends, n_vocab=tokenizer.n_vocab
+                self.model,
+                session.cache,
+                logits,
+                history,
+                options,
+                stop_ids=ends,
+                n_vocab=tokenizer.n_vocab,
+                stepper=session.stepper,
             ):
                 (id_,) = step.ids
                 assert id_ is not None

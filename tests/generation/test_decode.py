@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import pretend
 from support import Golden, one_line_error, padded, random_model, small_config
 from torch import Tensor
 
@@ -33,6 +34,13 @@ def vl() -> Pipeline:
 def spoken(chat_folder: Path) -> Pipeline:
     """A small random model with a vocabulary."""
     return qwenvl.load(chat_folder, dtype="float32", device="cpu", quiet=True)
+
+
+@pytest.fixture(autouse=True, params=["eager", "captured"])
+def stepping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for steps that are told kernel by kernel, and for those that a GPU replays."""
+    if request.param == "captured":
+        pretend(monkeypatch)
 
 
 def rows() -> list[Tensor]:

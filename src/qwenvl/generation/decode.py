@@ -10,17 +10,21 @@ Blocking and streaming, chat and batch all run on these.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..adapt.capture import Stepper
 from ..errors import PromptError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from .beam import BeamOptions, Hypothesis, beam_search
 from .sampling import SamplingOptions, log_probabilities, process, require_ids, row_generators, sample, warp
+
+AHEAD = 3  # steps that a GPU is told of before the first one's ids are read
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def decode(
     should_stop: Callable[[int, int], bool] | None = None,
     n_vocab: int | None = None,
     with_log_probabilities: bool = False,
+    stepper: Stepper | None = None,
 ) -> Iterator[NewIds]:
     """Yield the ids that follow, until every row has stopped.
 
@@ -92,49 +97,89 @@ def decode(
         stop_ids: a row ends with the first of them (and it is yielded).
         should_stop: `should_stop(row, id)` ends a row after this id; how stop strings are found.
         n_vocab: ids from here up do not exist for the tokenizer and are never emitted.
+        stepper: of this cache, from an earlier call; what it has captured need not be captured again.
 
     A row also ends after `max_new_tokens`, or where the model's positions do. Rows that have ended are stepped along,
     unseen, until the last ends; the row that ended last then holds its prompt and all its new ids but the last in the
-    cache. Raises QwenVLError if a row has no id to choose.
+    cache. On a GPU, ids are read AHEAD steps after they were chosen, so that it never waits for the host; the steps
+    beyond the end are taken back. Raises QwenVLError if a row has no id to choose.
     """
-    width, limits = history.shape[1], room(cache, options)
-    rows = range(len(logits))
+    stepper = Stepper(model, cache) if stepper is None else stepper
+    width, limits, begun = history.shape[1], room(cache, options), cache.host_lengths.clone()
     generators = row_generators(options.seed, len(logits), logits.device) if options.do_sample else None
     text = torch.nn.functional.pad(history, (0, max(limits)))
     mask = torch.ones_like(text, dtype=torch.bool)
     if history_mask is not None:
         mask[:, :width] = history_mask.bool()
-    going = set(rows)
-    for n_generated in range(max(limits)):
-        so_far = width + n_generated
-        scores = process(
-            logits,
-            text[:, :so_far],
-            options,
-            n_generated=n_generated,
-            stop_ids=stop_ids,
-            history_mask=mask[:, :so_far],
-            n_vocab=n_vocab,
-        )
-        if options.do_sample:
-            scores = warp(scores, options)
-        ids = sample(scores, generators)
-        chosen = ids.tolist()
-        require_ids([id_ if row in going else 0 for row, id_ in enumerate(chosen)])
-        ids = ids.clamp(min=0)  # an ended row may have had nothing to choose
-        told = log_probabilities(logits, ids).tolist() if with_log_probabilities else None
-        yield NewIds([chosen[row] if row in going else None for row in rows], told)
-        for row in sorted(going):
-            stopped = chosen[row] in stop_ids or (should_stop is not None and should_stop(row, chosen[row]))
-            if stopped or n_generated + 1 == limits[row]:
-                going.remove(row)
-        if not going:
-            return
-        text[:, so_far] = ids
-        # A row that has run out of positions cannot be stepped along: from then on, those that ended stand still.
-        full = int(cache.host_lengths.max()) + 1 == model.config.max_position_embeddings
-        real = torch.tensor([[row in going] for row in rows], device="cpu") if full else None
-        logits = model(ids[:, None], attention_mask=real, cache=cache, logits_to_keep=1)[:, -1]
+    going = set(range(len(logits)))
+    chosen: deque[_Chosen] = deque()  # not read yet
+    read = 0  # steps that have been
+    try:
+        for n_generated in range(max(limits)):
+            so_far = width + n_generated
+            scores = process(
+                logits,
+                text[:, :so_far],
+                options,
+                n_generated=n_generated,
+                stop_ids=stop_ids,
+                history_mask=mask[:, :so_far],
+                n_vocab=n_vocab,
+            )
+            if options.do_sample:
+                scores = warp(scores, options)
+            ids = sample(scores, generators)
+            told = log_probabilities(logits, ids.clamp(min=0)) if with_log_probabilities else None
+            chosen.append(_Chosen(ids, told))
+            last = n_generated + 1 == max(limits)
+            while len(chosen) > (AHEAD if stepper.captures and not last else 0):
+                new = chosen.popleft().read(going)
+                read += 1
+                yield new
+                for row in sorted(going):
+                    id_ = new.ids[row]
+                    assert id_ is not None
+                    stopped = id_ in stop_ids or (should_stop is not None and should_stop(row, id_))
+                    if stopped or read == limits[row]:
+                        going.remove(row)
+                if not going:
+                    return
+            ids = ids.clamp(min=0)  # an ended row may have had nothing to choose
+            text[:, so_far] = ids
+            # A row that has run out of positions cannot be stepped along: from then on, those that ended stand still.
+            full = int(cache.host_lengths.max()) + 1 == model.config.max_position_embeddings
+            real = torch.tensor([[row in going] for row in range(len(ids))], device="cpu") if full else None
+            logits = stepper(ids, real)
+    finally:
+        kept = torch.minimum(cache.host_lengths, begun + max(read - 1, 0))
+        if not torch.equal(kept, cache.host_lengths):
+            cache.rewind(kept.tolist(), prompt_lengths=begun.tolist())
+
+
+class _Chosen:
+    """Ids [B] of a step, and their log-probabilities, on the way to the host."""
+
+    def __init__(self, ids: Tensor, told: Tensor | None) -> None:
+        self._ids, self._told = _to_host(ids), None if told is None else _to_host(told)
+        self._arrived = torch.cuda.Event() if ids.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(ids.device))
+
+    def read(self, going: set[int]) -> NewIds:
+        """What they are for the rows that have not ended. Raises QwenVLError if one of these has no id."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids = self._ids.tolist()
+        require_ids([id_ if row in going else 0 for row, id_ in enumerate(ids)])
+        told = None if self._told is None else self._told.tolist()
+        return NewIds([id_ if row in going else None for row, id_ in enumerate(ids)], told)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, which may still be on its way."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..adapt.capture import Stepper
 from ..errors import PromptError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
@@ -24,9 +25,12 @@ CACHE_BLOCK = 512  # slots; caches grow by whole blocks, so that a few more toke
 
 @dataclass
 class Session:
-    """One conversation's cache of one row. `signs` say what its slots hold, `stamp` which weights filled them."""
+    """One conversation's cache of one row. `signs` say what its slots hold, `stamp` which weights filled them, and
+    `stepper` has the steps that were captured over it.
+    """
 
     cache: KVCache | None = None
+    stepper: Stepper | None = None
     signs: list[Sign] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
     stamp: Stamp = ()
@@ -54,7 +58,7 @@ def start(
             "shorten it, drop a picture, or lower max_window_size"
         )
     if session.stamp != (stamp := _stamp(model)):
-        session.cache, session.signs, session.features, session.stamp = None, [], {}, stamp
+        session.cache, session.stepper, session.signs, session.features, session.stamp = None, None, [], {}, stamp
     signs = _signs(ids, [hash_ for hash_, _ in images], config.visual.image_start_id, config.visual.n_queries)
     kept = _common_prefix(session, signs)
     cache = session.cache
@@ -62,6 +66,8 @@ def start(
         kept = 0
     needed = min(len(ids) + new_tokens, config.max_position_embeddings)
     session.cache = cache = _with_room(model, cache, kept, needed, len(ids))
+    if session.stepper is None or session.stepper.cache is not cache:
+        session.stepper = Stepper(model, cache)
     session.signs = signs[:kept]  # what the cache holds, should something fail from here on
     cache.declare([len(ids)])
     # Features of pictures that stay in the conversation are kept, others dropped.

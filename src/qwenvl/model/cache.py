@@ -106,6 +106,12 @@ class KVCache:
             alphas=self.alphas[selection],
         )
 
+    def bucket(self, slots: int) -> KVCache:
+        """All rows with their first `slots` slots only, sharing this cache's memory."""
+        view = self.rows(slice(None))
+        view.keys, view.values = self.keys[:, :, :, :slots], self.values[:, :, :, :slots]
+        return view
+
     def declare(self, prompt_lengths: Sequence[int], *, dynamic_ntk: bool = True) -> None:
         """Fix the NTK alpha of every row that has none yet, from the full length of its prompt in tokens.
 

@@ -164,6 +164,27 @@ class Decoder(nn.Module):
             cache.advance(row_lengths)
         return x
 
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [B,V] behind one more id [B] in each row, as `forward` has them, from tensors alone.
+
+        Nothing here waits for the device or depends on a number that the host knows, so it can be captured once and
+        replayed. Every slot of the cache is read and those beyond a row masked, so give it a `bucket`. Only `lengths`
+        advance; `host_lengths` are the caller's. A row that is full writes over its last slot.
+        """
+        bucket = cache.max_length
+        positions = cache.lengths.clamp(max=bucket - 1)[:, None]  # [B,1]
+        rows = torch.arange(cache.batch, device=ids.device)[:, None]
+        slots: Slots = positions[0] if cache.batch == 1 else (rows, torch.zeros_like(rows), positions)
+        mask = torch.arange(bucket, device=ids.device) <= positions[:, None, :, None]
+        x = self.wte(ids[:, None])
+        turns = self._turns(positions, cache.frequencies, bucket, x.dtype)
+        context = AttentionContext(*turns, mask, False, cache, slots, bucket)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context, layer)
+        cache.lengths += 1
+        logits: Tensor = self.lm_head(self.ln_f(x)[:, 0])
+        return logits
+
     def _context(
         self, embeddings: Tensor, row_lengths: Sequence[int], cache: KVCache | None, alphas: Sequence[float] | None
     ) -> AttentionContext:
@@ -185,12 +206,18 @@ class Decoder(nn.Module):
             frequencies = cache.frequencies
             bucket = min(max(starts) + columns, cache.max_length)
             slots, mask = _placement(positions, starts, row_lengths, bucket)
-        cos, sin = rotary_tables(positions, frequencies)
-        logn = None
-        if config.use_logn_attn and not self.training and bucket > config.seq_length:
-            logn = logn_factors(positions, config.seq_length)[:, :, None, None].type_as(embeddings)
         causal = mask is None and columns > 1
-        return AttentionContext(cos, sin, logn, mask, causal, cache, slots, bucket)
+        turns = self._turns(positions, frequencies, bucket, embeddings.dtype)
+        return AttentionContext(*turns, mask, causal, cache, slots, bucket)
+
+    def _turns(
+        self, positions: Tensor, frequencies: Tensor, bucket: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cosines and sines of positions [B,T], and log-n factors where the bucket goes beyond the trained length."""
+        config, logn = self.config, None
+        if config.use_logn_attn and not self.training and bucket > config.seq_length:
+            logn = logn_factors(positions, config.seq_length)[:, :, None, None].to(dtype)
+        return *rotary_tables(positions, frequencies), logn
 
     def _frequencies(self, alphas: Sequence[float], device: torch.device) -> Tensor:
         """[B,D/2], or [1,D/2] where all rows share one alpha."""

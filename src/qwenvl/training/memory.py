@@ -161,10 +161,11 @@ def weight_bytes(config: QwenVLConfig, width: int) -> int:
         return width * parameters
     packed = 0
     for inputs, outputs in block_linears(config).values():
-        groups = -(-inputs // quantization.group_size)
+        groups = quantization.groups(inputs)
         biases = 0 if outputs == 3 * inputs else outputs  # counted above for c_attn, which always has them
-        # words, zero points, scales in 16 bits, the group of each input
-        packed += inputs * outputs // 2 + groups * outputs // 2 + 2 * groups * outputs + 4 * inputs + width * biases
+        # words and zero points, scales in 16 bits, the group of each input
+        codes = (inputs + groups) * outputs * quantization.bits // 8
+        packed += codes + 2 * groups * outputs + 4 * inputs + width * biases
         parameters -= inputs * outputs * config.num_hidden_layers
     return width * parameters + packed * config.num_hidden_layers
 

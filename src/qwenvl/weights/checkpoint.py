@@ -273,7 +273,7 @@ def by_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
     """Refuse group numbers that have no scale, before a kernel reads beyond the scales."""
     assert config.quantization_config is not None
-    groups = -(-len(g_idx) // config.quantization_config.group_size)
+    groups = config.quantization_config.groups(len(g_idx))
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise CheckpointError(f"{entry.ours} names groups outside 0 to {groups - 1}: it is damaged; fetch it again")
 

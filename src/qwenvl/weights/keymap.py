@@ -6,8 +6,8 @@
 
 `{i}` counts decoder layers, `{j}` vision blocks. Shapes are the reference's, in these letters:
 V vocabulary, C hidden width, F inner width of the decoder's MLP, W vision width, M inner width of the vision MLP,
-Q queries, P patch side in pixels, R rows of the stored vision positions; `/8` is eight 4-bit values to a packed word,
-`/g` one value for each group of `group_size` inputs.
+Q queries, P patch side in pixels, R rows of the stored vision positions; `/w` is the words that so many packed values
+take, `/g` one value for each group of `group_size` inputs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from ..config import REFERENCE_GRID, QwenVLConfig
 from ..errors import ConfigError
-from .gptq import PER_WORD
 
 Shape = tuple[int, ...]
 Layout = Literal["reference", "qwenvl"]
-# "float" follows the model's dtype; "scale" (the int4 scales) stays as stored, for the weights are exact only with it;
+# "float" follows the model's dtype; "scale" (of packed weights) stays as stored, for they are exact only with it;
 # "packed" is int32 words and indices.
 Kind = Literal["float", "scale", "packed"]
 
@@ -67,7 +66,7 @@ class Row:
     op: Op = COPY
     ours: str | None = None
     kind: Kind = "float"
-    when: Literal["always", "plain", "int4", "widths differ"] = "always"
+    when: Literal["always", "plain", "packed", "widths differ"] = "always"
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,14 @@ class Section:
 
 
 def _linear(name: str, outputs: str, inputs: str, *, biased: bool = False) -> tuple[Row, ...]:
-    """A decoder linear as the bf16 checkpoints and as the Int4 checkpoint store it; packed ones always have a bias."""
+    """A decoder linear as the bf16 checkpoints and as packed ones store it; packed ones always have a bias."""
     return (
         Row(f"{name}.weight", f"{outputs} {inputs}", when="plain"),
-        Row(f"{name}.qweight", f"{inputs}/8 {outputs}", kind="packed", when="int4"),
-        Row(f"{name}.qzeros", f"{inputs}/g {outputs}/8", kind="packed", when="int4"),
-        Row(f"{name}.scales", f"{inputs}/g {outputs}", kind="scale", when="int4"),
-        Row(f"{name}.g_idx", inputs, kind="packed", when="int4"),
-        Row(f"{name}.bias", outputs, when="always" if biased else "int4"),
+        Row(f"{name}.qweight", f"{inputs}/w {outputs}", kind="packed", when="packed"),
+        Row(f"{name}.qzeros", f"{inputs}/g {outputs}/w", kind="packed", when="packed"),
+        Row(f"{name}.scales", f"{inputs}/g {outputs}", kind="scale", when="packed"),
+        Row(f"{name}.g_idx", inputs, kind="packed", when="packed"),
+        Row(f"{name}.bias", outputs, when="always" if biased else "packed"),
     )
 
 
@@ -208,22 +207,25 @@ def _sizes(config: QwenVLConfig) -> dict[str, int]:
     sizes |= {"Q": vision.n_queries, "P": vision.patch_size, "R": REFERENCE_GRID**2}
     if (quantization := config.quantization_config) is not None:
         for letter in ("C", "3C", "F"):
-            sizes[f"{letter}/8"] = sizes[letter] // PER_WORD
-            sizes[f"{letter}/g"] = -(-sizes[letter] // quantization.group_size)  # the last group may be a short one
+            sizes[f"{letter}/w"] = sizes[letter] // quantization.per_word
+            sizes[f"{letter}/g"] = quantization.groups(sizes[letter])
     return sizes
 
 
 def _expand(config: QwenVLConfig) -> Iterator[Entry]:
-    quantised, sizes = config.quantization_config is not None, _sizes(config)
-    if quantised and (config.hidden_size % PER_WORD or config.mlp_width % PER_WORD):
+    quantization, sizes = config.quantization_config, _sizes(config)
+    if quantization is not None and (
+        config.hidden_size % quantization.per_word or config.mlp_width % quantization.per_word
+    ):
         raise ConfigError(
-            f"int4 packs eight values to a word: hidden_size {config.hidden_size} and half of intermediate_size "
-            f"{config.intermediate_size} must be multiples of 8"
+            f"{quantization.per_word} values of {quantization.bits} bits go into a word: hidden_size "
+            f"{config.hidden_size} and half of intermediate_size {config.intermediate_size} must be multiples of "
+            f"{quantization.per_word}"
         )
     holds = {
         "always": True,
-        "plain": not quantised,
-        "int4": quantised,
+        "plain": quantization is None,
+        "packed": quantization is not None,
         "widths differ": config.visual.width != config.visual.output_dim,
     }
     for section in TABLE:

@@ -1,0 +1,76 @@
+"""Decoding steps that a GPU replays instead of being told of kernel by kernel.
+
+    Stepper   logits behind one more token, for one cache
+
+A step of the real model is some 500 kernels of a few microseconds each, and telling a GPU of one takes about as long as
+running it. A CUDA graph is told once and replayed with one call. It is captured for a length: attention reads the first
+slots of the cache, as many as the bucket has, and masks those that are not written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.cache import KVCache
+from ..model.qwenvl import QwenVL
+
+# Slots by which buckets grow. What is read beyond a row's end is half of this on average, less than a hundredth of the
+# real model's weights; and a capture takes about as long as a few steps.
+BUCKET = 256
+
+
+class Stepper:
+    """Takes ids [B] of rows that stand in `cache`, prefilled, to the logits [B,V] that follow, and counts them there.
+
+    On CUDA the result is the graph's own memory: the next call writes over it. Everywhere else, and in training mode,
+    a step is the model's `forward`. A Stepper is for the cache and the weights that it was made with, where they are.
+    """
+
+    def __init__(self, model: QwenVL, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.captures = cache.keys.is_cuda and not model.training
+        self._graphs: dict[int, Callable[[], Tensor]] = {}
+        self._pool: Any = None  # memory that the graphs share, since only one runs at a time
+        self._ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, going: Tensor | None = None) -> Tensor:
+        """One step. going [B,1]: rows that have not ended; a captured step takes the others along all the same."""
+        if not self.captures:
+            logits: Tensor = self.model(ids[:, None], attention_mask=going, cache=self.cache, logits_to_keep=1)
+            return logits[:, -1]
+        longest = int(self.cache.host_lengths.max()) + 1
+        bucket = min(-(-longest // BUCKET) * BUCKET, self.cache.max_length)
+        self._ids.copy_(ids)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        following = self._graphs[bucket]()
+        self.cache.host_lengths += 1
+        return following
+
+    def _capture(self, bucket: int) -> Callable[[], Tensor]:
+        """A step within the first `bucket` slots, as a function that replays it."""
+        view, device = self.cache.bucket(bucket), self.cache.keys.device
+        lengths = self.cache.lengths.clone()
+        # Once for real, aside: kernels are chosen and compiled when they are first used, which cannot be captured. What
+        # it writes into the cache, the first replay writes again.
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            self.model.decoder.step(self._ids, view)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        self.cache.lengths.copy_(lengths)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self.model.decoder.step(self._ids, view)
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
