@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
+from .adapt.fuse import fuse
 from .adapt.int4 import quantize_structure
 from .adapt.layout import columns_first
 from .config import GenerationConfig
@@ -78,6 +79,8 @@ def load(
     load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
     if adapter is not None:
         load_adapter(model, adapter, merge=config.quantization_config is None)
+    if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
+        fuse(model)
     font = folder / FONT_FILE
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
