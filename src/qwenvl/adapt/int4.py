@@ -19,7 +19,8 @@ class Int4Linear(PackedLinear):
 
 
 def quantize_structure(model: nn.Module, config: QwenVLConfig) -> None:
-    """Replace the linears that the checkpoint holds packed, five in every decoder block, by `Int4Linear`, in place.
+    """Replace the linears that the checkpoint holds packed, five in every decoder block and perhaps the head, by
+    `Int4Linear`, in place.
 
     The new layers are empty: made for a model on the meta device that a packed checkpoint fills. Raises ConfigError if
     the configuration has no `quantization_config`.
