@@ -93,7 +93,7 @@ def test_gptq_is_the_papers(quantization: QuantizationConfig) -> None:
     weight, hessian = some_weight(), hessian_of(correlated(700))
     packed = gptq(weight, quantization, curvature(hessian, desc_act=quantization.desc_act))
     codes, groups = naive_gptq(weight, hessian, quantization)
-    rows = (unpack_rows(packed.qweight, quantization.bits).T != codes).any(dim=1)
+    rows = (codes != unpack_rows(packed.qweight, quantization.bits).T).any(dim=1)
     assert rows.sum() <= quantization.bits // 4  # 0 of 16, or 1 of 16 in two of the cases in 8 bits, when written
     assert torch.equal(packed.g_idx, groups)
 
