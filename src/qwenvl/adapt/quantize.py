@@ -92,8 +92,10 @@ def curvature(hessian: Tensor, *, desc_act: bool = False) -> Curvature:
         if not failed:
             break
         damping *= 10
-    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    upper = lower.flip(0, 1)
+    del diagonal, exact, lower  # a gigabyte each, for the widest linear of the published model
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return Curvature(order.to(hessian.device), factor.float().to(hessian.device))
 
 

@@ -239,9 +239,9 @@ def _examples(
 
 
 def _out_of_memory(checkpoint: Checkpoint) -> str:
-    """What to do when the device is full. A Hessian in float64 is there four times over while it is factorised."""
+    """What to do when the device is full. A Hessian is there once in float32 and, for its factor, thrice in float64."""
     config = checkpoint.config
-    beside = 4 * 8 * max(config.hidden_size, config.mlp_width) ** 2
+    beside = (4 + 3 * 8) * max(config.hidden_size, config.mlp_width) ** 2
     return (
         f"the device has too little memory: beside the weights of {checkpoint.bytes / 1e9:.1f} GB, GPTQ takes about "
         f"{beside / 1e9:.1f} GB for its largest linear; use a larger device, or the CPU (--device cpu)"
