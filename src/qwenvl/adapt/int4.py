@@ -56,7 +56,8 @@ class Int4Linear(PackedLinear):
 
 
 def quantize_structure(model: nn.Module, config: QwenVLConfig, *, exact: bool = True) -> None:
-    """Replace the linears that the checkpoint holds packed, five in every decoder block, by packed ones, in place.
+    """Replace the linears that the checkpoint holds packed, five in every decoder block and perhaps the head, by packed
+    ones, in place.
 
     The new layers are empty: made for a model on the meta device that a packed checkpoint fills. `exact` is theirs, see
     `PackedLinear`. Raises ConfigError if the configuration has no `quantization_config`.
