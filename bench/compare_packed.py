@@ -29,8 +29,7 @@ from compare_eager import MID_SIZE, spread
 from torch import nn
 from tqdm import tqdm
 
-from qwenvl.adapt.int4 import Int4Linear
-from qwenvl.adapt.int8 import Int8Linear
+from qwenvl.adapt.int4 import Int4Linear, Int8Linear
 from qwenvl.adapt.layout import columns_first
 from qwenvl.adapt.packed import PackedLinear
 from qwenvl.config import QuantizationConfig
@@ -62,7 +61,7 @@ def packed(model: QwenVL, kind: str) -> QwenVL:
             new.qweight.random_(-(2**31), 2**31 - 1)
             new.qzeros.fill_(0x77777777 if quantization.bits == 4 else 0x7F7F7F7F)
             new.scales.fill_(0.06 / 2**quantization.bits)
-            new.exact = False  # as `load` has it where the dtype is left to it
+            new.arrange()  # as `load` does
             owner, _, name = path.rpartition(".")
             setattr(model.decoder.get_submodule(owner), name, new)
     return model

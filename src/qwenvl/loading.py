@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
 from .adapt.fuse import fuse
-from .adapt.int4 import quantize_structure
+from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
 from .config import GenerationConfig
 from .draw import FONT_FILE
@@ -47,8 +47,7 @@ def load(
             ours, or "tiny", the small checkpoint that comes with the library.
         device: "auto" (CUDA, else MPS, else the CPU) or a torch device.
         dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
-            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16; there, packed
-            weights then round their inputs to bfloat16, for a faster kernel.
+            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
         revision, cache_dir: of the hub download.
         adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
             model is as fast as without; beside weights in 4 bits, which cannot take it in, it stays by itself.
@@ -63,7 +62,6 @@ def load(
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     device = choose_device(device)
-    exact = dtype != "auto"
     dtype = _choose_dtype(dtype, device, checkpoint, quiet)
     _check_room(dtype, device, checkpoint)
     # The small files before the large ones: what is wrong with them should not take minutes to be said.
@@ -77,13 +75,14 @@ def load(
     with torch.device("meta"):
         model = QwenVL(config)
         if config.quantization_config is not None:
-            quantize_structure(model, config, exact=exact)
+            quantize_structure(model, config)
     laid_out = columns_first(model, dtype, device)
     load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
     if adapter is not None:
         load_adapter(model, adapter, merge=config.quantization_config is None)
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
+    arrange(model, quiet=quiet)
     font = folder / FONT_FILE
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import QuantizationConfig
-from ..weights.gptq import dequantize, pack_rows, unpack_rows
+from ..weights.gptq import dequantize, pack_rows, unpack_rows, zero_points
+from . import packed_cpu
 
 T = TypeVar("T")
 
@@ -48,6 +49,8 @@ class Kernel:
             return None
 
 
+CPU_KERNEL = Kernel("torch's kernel for packed weights on a CPU")
+CPU_ROWS = 64  # from more rows on, the unpacked weight is faster (bench/compare_packed.py)
 CUDA_KERNEL = Kernel("the Triton kernel for packed weights")
 CUDA_ROWS = 16  # what it takes at once
 
@@ -59,11 +62,10 @@ class PackedLinear(nn.Module):
     [in] int32, `bias` [out]. Scales keep the dtype in which they are stored (float16) whatever the model's dtype: the
     weight is exact only with them, so choose a dtype when loading and do not cast the module to bfloat16 afterwards.
 
-    `exact`: on a CPU, float32 activations are multiplied in float32. If it is false they may be rounded to bfloat16 on
-    the way, for a kernel that is faster; bfloat16 activations always may. On CUDA the kernel is exact in the weights.
+    Every way to multiply has these weights exactly; activations of 16 bits are summed up in float32.
     """
 
-    exact = True
+    _table: packed_cpu.Table | None = None  # while it stands in for the words
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -91,6 +93,9 @@ class PackedLinear(nn.Module):
         in float32, where it is exact, and cast: bfloat16 would lose bits of the scale before the product is made.
         """
         scales = self.scales.to(torch.float16 if dtype == torch.float16 else torch.float32)
+        if self._table is not None:
+            steps = packed_cpu.steps(self._table, self.bits)
+            return steps.to(scales.dtype).mul_(scales[self.g_idx]).to(dtype).T
         return dequantize(self.qweight, self.qzeros, scales, self.g_idx).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,12 +120,34 @@ class PackedLinear(nn.Module):
         if x.is_cuda:
             order = self.order() if rows <= CUDA_ROWS and self.scales.dtype == torch.float16 else None
             return None if order is None else CUDA_KERNEL(lambda: self._on_cuda(x, *order))
-        if x.device.type == "cpu" and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not self.exact)):
-            return self._on_cpu(x)
-        return None
+        return self._on_cpu(x) if x.device.type == "cpu" else None
 
-    def _on_cpu(self, x: Tensor) -> Tensor | None:  # noqa: ARG002 - each number of bits has its own
-        return None
+    def arrange(self) -> None:
+        """On a CPU, keep the weight in the order in which its kernel reads it, in place of the words.
+
+        It takes a byte and an eighth for each weight. Saving, loading and moving bring the words back.
+        """
+        if self._table is None and self.qweight.device.type == "cpu":
+            steps = unpack_rows(self.qweight, self.bits) - zero_points(self.qzeros, self.bits)[self.g_idx]
+            self._table = packed_cpu.arrange(steps, self.scales, self.g_idx, self.bits)
+            if self._table is not None:
+                self.qweight = self.qweight.new_empty(0, self.out_features)
+
+    def _restore(self) -> None:
+        if self._table is not None:
+            codes = packed_cpu.steps(self._table, self.bits) + zero_points(self.qzeros, self.bits)[self.g_idx]
+            self.qweight, self._table = pack_rows(codes, self.bits), None
+
+    def _on_cpu(self, x: Tensor) -> Tensor | None:
+        table = self._table
+        if table is None or x.numel() > CPU_ROWS * self.in_features:
+            return None
+        y = CPU_KERNEL(lambda: packed_cpu.multiply(x.reshape(-1, self.in_features).float(), table))
+        if y is None:
+            return None
+        if self._made("bias", self.bias, lambda: bool(self.bias.any())):
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _on_cuda(self, x: Tensor, order: Tensor | None, group_size: int) -> Tensor:
         from .packed_triton import matvec  # Triton comes with torch for CUDA
@@ -157,6 +184,19 @@ class PackedLinear(nn.Module):
         made: T = known[2]
         return made
 
+    def _apply(self, fn: Any, recurse: Any = True) -> Any:  # noqa: ANN401 - as torch declares it: `.to` and the like
+        self._restore()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+        self._restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+        self._restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
