@@ -1,6 +1,5 @@
 """Int4 linears against AutoGPTQ's own numbers, and a packed model end to end."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,34 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from packed_layers import CASES, golden_layer, random_layer
 
 from qwenvl.adapt import int4, int8
-from qwenvl.adapt.int4 import Int4Linear, quantize_structure
-from qwenvl.adapt.int8 import Int8Linear
-from qwenvl.adapt.packed import PackedLinear
+from qwenvl.adapt.int4 import quantize_structure
 from qwenvl.config import QuantizationConfig, QwenVLConfig
 from qwenvl.errors import ConfigError
 from qwenvl.model.qwenvl import QwenVL
-from qwenvl.weights.gptq import pack_columns
 from qwenvl.weights.keymap import entries
-
-CASES = ["A", "B", "C", "D", "E"]
-
-
-def golden_layer(goldens: Path, case: str) -> tuple[Int4Linear, dict[str, torch.Tensor]]:
-    """A golden linear as a module, and its tensors."""
-    cases = load_file(goldens / "gptq" / "cases.safetensors")
-    tensors = {name[2:]: tensor for name, tensor in cases.items() if name.startswith(f"{case}.")}
-    facts = json.loads((goldens / "gptq" / "cases.json").read_text())["cases"][case]
-    layer = Int4Linear(facts["in_features"], facts["out_features"], QuantizationConfig(group_size=facts["group_size"]))
-    state = {name: tensors[name] for name in ("qweight", "qzeros", "scales", "g_idx")}
-    layer.load_state_dict({"bias": torch.zeros(facts["out_features"]), **state, **only(tensors, "bias")})
-    return layer, tensors
-
-
-def only(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    return {name: tensors[name]} if name in tensors else {}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,25 +74,6 @@ def kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins with kernels that have not failed yet."""
     for kernel in (int4.CPU_KERNEL, int8.CPU_KERNEL):
         monkeypatch.setattr(kernel, "failed", False)
-
-
-def random_layer(
-    inputs: int, outputs: int, *, bits: int = 4, group_size: int = 128, symmetric: bool = False, shuffled: bool = False
-) -> PackedLinear:
-    """A packed linear of random codes, scales, zero points and bias."""
-    generator = torch.Generator().manual_seed(inputs + outputs)
-    kind = Int4Linear if bits == 4 else Int8Linear
-    layer = kind(inputs, outputs, QuantizationConfig(bits=bits, group_size=group_size))
-    layer.qweight.random_(-(2**31), 2**31 - 1, generator=generator)
-    layer.qzeros.random_(-(2**31), 2**31 - 1, generator=generator)
-    if symmetric:
-        middle = torch.full((layer.scales.shape[0], outputs), 2 ** (bits - 1) - 1)
-        layer.qzeros.copy_(pack_columns(middle, bits))
-    layer.scales.uniform_(1e-3, 1e-2, generator=generator)
-    layer.bias.normal_(generator=generator)
-    if shuffled:
-        layer.g_idx.copy_(layer.g_idx[torch.randperm(inputs, generator=generator)])
-    return layer
 
 
 SHAPES = [
