@@ -87,7 +87,7 @@ def layers(draw: st.DrawFn) -> PackedLinear:
     """Layers of every form that a checkpoint may have, and halves of fused ones."""
     bits = draw(st.sampled_from((4, 8)))
     group_size = draw(st.sampled_from((8, 12, 32, 96, 128, -1)))
-    inputs, outputs = draw(st.integers(1, 40)) * 8, draw(st.integers(1, 10)) * 8
+    inputs, outputs = draw(st.integers(1, 24)) * 8, draw(st.integers(1, 6)) * 8
     form = {"bits": bits, "group_size": group_size, "shuffled": draw(st.booleans()), "symmetric": draw(st.booleans())}
     layer = random_layer(inputs, outputs, **form)
     layer.scales[0, 0], layer.scales[-1, 1] = 2e-7, -0.01  # one is subnormal
@@ -98,7 +98,7 @@ def layers(draw: st.DrawFn) -> PackedLinear:
 
 
 @given(layers(), st.integers(1, 20), st.sampled_from((FULL, HALF)))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=10 if INTERPRETED else 100, deadline=None, derandomize=True)
 def test_any_layer(layer: PackedLinear, rows: int, dtype: torch.dtype) -> None:
     """Odd sizes, short and unordered groups, codes of 4 and 8 bits, words between another layer's, one pass and two."""
     check_weight(layer)
@@ -111,7 +111,7 @@ def test_bfloat16(rows: int) -> None:
     check_product(random_layer(264, 72), torch.randn(rows, 264).to(BFLOAT))
 
 
-@pytest.mark.parametrize(("inputs", "rows"), [(4096, 1), (11008, 1), (4096, 16), (11008, 3)])
+@pytest.mark.parametrize(("inputs", "rows"), [(11008, 1), (4096, 3)])
 def test_real_depths(inputs: int, rows: int) -> None:
     """As many inputs as the real model's linears have, in float16, where the tensor cores' way is taken for rows."""
     check_product(random_layer(inputs, 64, symmetric=True), torch.randn(rows, inputs).to(HALF))
