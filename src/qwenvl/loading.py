@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -77,32 +78,52 @@ def load(
         if config.quantization_config is not None:
             quantize_structure(model, config)
     laid_out = columns_first(model, dtype, device)
-    load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
-    if adapter is not None:
-        load_adapter(model, adapter, merge=config.quantization_config is None)
-    if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
-        fuse(model)
-    arrange(model, quiet=quiet)
+    try:
+        load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
+        if adapter is not None:
+            load_adapter(model, adapter, merge=config.quantization_config is None)
+        if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
+            fuse(model)
+        arrange(model, quiet=quiet)
+    except torch.OutOfMemoryError as error:  # there was room at first: it lies in pieces, or was taken meanwhile
+        del model
+        traceback.clear_frames(error.__traceback__)  # which hold what was loaded
+        torch.cuda.empty_cache()
+        raise _no_room(dtype, device, checkpoint) from None
     font = folder / FONT_FILE
     return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
 
 def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
     """Refuse what a GPU cannot hold before the first byte is read. Raises ConfigError."""
-    if device.type != "cuda":
-        return
+    if device.type == "cuda" and _bytes_as(dtype, checkpoint) > torch.cuda.mem_get_info(device)[0]:
+        raise _no_room(dtype, device, checkpoint)
+
+
+def _no_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> ConfigError:
+    """The error for weights that a GPU cannot hold, with what would fit."""
     needed, free = _bytes_as(dtype, checkpoint), torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        half = "" if dtype.itemsize == 2 else "dtype bfloat16 takes half; "
-        raise ConfigError(
-            f"the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are "
-            f"free on {device}: {half}the Int4 checkpoint takes 9.7 GB; device cpu has {_told_free_memory()}"
-        )
+    halved = _bytes_as(torch.bfloat16, checkpoint)
+    packed = checkpoint.config.quantization_config is not None
+    ways = [
+        *([f"dtype bfloat16 takes {_gb(halved)}"] if halved < needed else []),
+        *([] if packed else ["a checkpoint in 4 bits takes about a third of bfloat16's (qwenvl quantize makes one)"]),
+        f"device cpu has {_told_free_memory()}",
+    ]
+    return ConfigError(
+        f"the weights take {_gb(needed)} as {str(dtype).removeprefix('torch.')} and {_gb(free)} are free on {device}: "
+        f"{'; '.join(ways)}"
+    )
+
+
+def _gb(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _told_free_memory() -> str:
     free = _free_memory()
-    return "what the machine has" if free is None else f"{free / 1e9:.1f} GB"
+    return "what the machine has" if free is None else _gb(free)
 
 
 def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint) -> int:

@@ -30,6 +30,7 @@ class Table:
     rows [blocks * in, BLOCK + 8] uint8: bytes, then the factor and the addend that the kernel wants with each row, as
     float32: 1 and minus the middle. indices [blocks * in] int32 and starts [blocks * groups] int32: the rows of each
     bag. inputs: the order of the inputs in a bag, None if it is their own. scales [blocks, groups, BLOCK] float32.
+    middle: the byte of a weight that is zero.
     """
 
     rows: Tensor
@@ -38,6 +39,7 @@ class Table:
     inputs: Tensor | None
     scales: Tensor
     out_features: int
+    middle: int
 
 
 def arrange(steps: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Table | None:
@@ -64,6 +66,7 @@ def arrange(steps: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Table | 
         inputs=None if plain else order,
         scales=_in_blocks(scales.float(), blocks).contiguous(),
         out_features=outputs,
+        middle=middle,
     )
 
 
@@ -86,11 +89,13 @@ def _multiply_one(x: Tensor, table: Table) -> Tensor:
     return y[: table.out_features]
 
 
-def steps(table: Table, bits: int) -> Tensor:
-    """The steps [in, out] int16 that the table was made of."""
-    blocks = len(table.scales)
-    columns = table.rows.view(blocks, -1, BLOCK + 8)[:, :, :BLOCK].transpose(0, 1).reshape(-1, blocks * BLOCK)
-    return columns[:, : table.out_features].to(torch.int16) - MIDDLE[bits]
+def steps(table: Table, columns: slice | None = None) -> Tensor:
+    """The steps [in, out] int16 that the table was made of, or some columns of them."""
+    wanted = columns or slice(0, table.out_features)
+    first, last = wanted.start // BLOCK, -(-wanted.stop // BLOCK)
+    blocks = table.rows.view(len(table.scales), -1, BLOCK + 8)[first:last, :, :BLOCK]
+    joined = blocks.transpose(0, 1).reshape(blocks.shape[1], -1)
+    return joined[:, wanted.start - first * BLOCK : wanted.stop - first * BLOCK].to(torch.int16) - table.middle
 
 
 def _in_blocks(columns: Tensor, blocks: int) -> Tensor:
