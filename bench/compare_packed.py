@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few runs: does it work at all")
     parser.add_argument("--save", action="store_true", help="append the line to bench/results/compare_packed.jsonl")
     given = parser.parse_args()
-    runs, tokens = (2, 2) if given.quick else (15, 12)
+    runs, tokens = (2, 2) if given.quick else (25, 12)
     config = replace(MID_SIZE, visual=replace(MID_SIZE.visual, layers=1))
     torch.manual_seed(0)
     base = QwenVL(config).eval().requires_grad_(False)

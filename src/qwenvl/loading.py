@@ -19,6 +19,7 @@ from .adapt.adapters import load_adapter
 from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
+from .adapt.packed_cpu import table_bytes
 from .config import GenerationConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
@@ -126,13 +127,17 @@ def _told_free_memory() -> str:
     return "what the machine has" if free is None else _gb(free)
 
 
-def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint) -> int:
-    """What the weights take once they are loaded."""
-    width = dtype.itemsize
-    return sum(
-        width * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
-        for entry in checkpoint.entries
-    )
+def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = False) -> int:
+    """What the weights take once they are loaded; `arranged`, as packed ones are for a CPU."""
+    quantization, needed = checkpoint.config.quantization_config, 0
+    for entry in checkpoint.entries:
+        if entry.kind == "float":
+            needed += dtype.itemsize * math.prod(entry.our_shape)
+        elif arranged and quantization is not None and entry.ours.endswith(".qweight"):
+            needed += table_bytes(entry.our_shape[0] * quantization.per_word, entry.our_shape[1])
+        else:
+            needed += checkpoint.at(entry).bytes
+    return needed
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -162,14 +167,14 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "mps":
         return torch.float16
-    needed = _bytes_as(torch.float32, checkpoint)
+    needed = _bytes_as(torch.float32, checkpoint, arranged=True)
     free = _free_memory()
     if free is None or needed < free:
         return torch.float32
     if not quiet:
         tqdm.write(
-            f"float32 would take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: loading as bfloat16, which is "
-            "half of it and slower on most CPUs",
+            f"float32 would take {_gb(needed)} and {_gb(free)} are free: loading as bfloat16, which takes "
+            f"{_gb(_bytes_as(torch.bfloat16, checkpoint, arranged=True))} and is slower on most CPUs",
             file=sys.stderr,
         )
     return torch.bfloat16

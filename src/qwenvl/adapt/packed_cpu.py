@@ -1,9 +1,10 @@
 """A few rows times a packed weight on a CPU: torch's kernel for sums of embeddings (FBGEMM), exact in float32.
 
-    Table      a weight in the order in which the kernel reads it, a byte for each
-    arrange    make one
-    multiply   rows of activations times the weight
-    steps      take it apart
+    Table          a weight in the order in which the kernel reads it, a byte for each
+    arrange        make one
+    multiply       rows of activations times the weight
+    steps          take it apart
+    table_bytes    its size
 
 A bag of embeddings is the sum of some rows of a table, each times a factor: with activations for factors it is a
 product with a matrix. A weight is read as one byte, where a product in float32 reads four, and where reading is all
@@ -68,6 +69,11 @@ def arrange(steps: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Table | 
         out_features=outputs,
         middle=middle,
     )
+
+
+def table_bytes(inputs: int, outputs: int) -> int:
+    """What the table of a weight [in, out] takes; its scales and indices are small beside it."""
+    return -(-outputs // BLOCK) * inputs * (BLOCK + 8)
 
 
 def multiply(rows: Tensor, table: Table) -> Tensor:
