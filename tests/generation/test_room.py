@@ -110,9 +110,9 @@ def test_a_session_goes_on(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(logits, start(model, Session(), longer, [], 10), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("where", ["pictures", "prompt"])
+@pytest.mark.parametrize("where", ["pictures", "prompt", "behind it"])
 def test_a_prompt_that_does_not_fit(model: QwenVL, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Memory that runs out in the middle of it, even after the cache has counted it: the next prompt is right."""
+    """Memory that runs out before the cache has counted the prompt, or after: the next one is right."""
     talk = Session()
     start(model, talk, list(range(5, 45)), [], 10)
     ids = [*range(5, 40), 60, 62, 62, 62, 62, 61, *range(5, 30)]
@@ -121,10 +121,11 @@ def test_a_prompt_that_does_not_fit(model: QwenVL, monkeypatch: pytest.MonkeyPat
         if where == "pictures":
             patch.setattr(model, "encode_images", failing(model.encode_images, [], 1))
         else:
-            patch.setattr(session, "prefill", failing(session.prefill, [], 1))
+            prefill = session.prefill if where == "behind it" else (lambda *_, **__: None)
+            patch.setattr(session, "prefill", failing(prefill, [], 1))
         with one_line_error(CacheError, "out of memory", "512 tokens"):
             start(model, talk, ids, images, 10)
-    for prompt, pictures in ((ids[:35], []), (ids, images)):
+    for prompt, pictures in ((ids, images), (ids[:35], [])):
         again = start(model, talk, prompt, pictures, 10)
         torch.testing.assert_close(again, start(model, Session(), prompt, pictures, 10), atol=2e-5, rtol=0)
 
