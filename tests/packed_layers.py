@@ -1,4 +1,4 @@
-"""Packed linears for tests: golden and random ones, and a tensor that says it is on a GPU."""
+"""Packed linears for tests, golden and random, a whole packed checkpoint, and a tensor that says it is on a GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from qwenvl.adapt.int4 import Int4Linear, Int8Linear
 from qwenvl.adapt.packed import PackedLinear
-from qwenvl.config import QuantizationConfig
-from qwenvl.weights.gptq import pack_columns
+from qwenvl.config import QuantizationConfig, QwenVLConfig
+from qwenvl.weights.gptq import pack_columns, pack_rows
+from qwenvl.weights.keymap import entries
 
 CASES = ["A", "B", "C", "D", "E"]
+GROUP = 32  # inputs of a group of `packed_tensors`
 
 
 class Pretended(torch.Tensor):
@@ -51,3 +53,26 @@ def random_layer(
     if shuffled:
         layer.g_idx.copy_(layer.g_idx[torch.randperm(inputs, generator=generator)])
     return layer
+
+
+def packed_tensors(config: QwenVLConfig, *, shuffled: bool = False) -> dict[str, torch.Tensor]:
+    """Random tensors of an Int4 checkpoint under the reference's names, of a size at which the model says something."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in entries(config):
+        name, shape = entry.reference, entry.reference_shape
+        if name.endswith("qweight"):
+            values = torch.randint(0, 16, (shape[0] * 8, shape[1]), generator=generator)
+            tensors[name] = pack_rows(values)
+        elif name.endswith("qzeros"):
+            tensors[name] = pack_columns(torch.randint(5, 10, (shape[0], shape[1] * 8), generator=generator))
+        elif name.endswith("scales"):
+            tensors[name] = (torch.rand(shape, generator=generator) * 0.02 + 0.005).half()
+        elif name.endswith("g_idx"):
+            groups = torch.arange(shape[0], dtype=torch.int32) // GROUP
+            tensors[name] = groups[torch.randperm(shape[0], generator=generator)] if shuffled else groups
+        elif ".ln_" in name and name.endswith("weight"):
+            tensors[name] = torch.ones(shape).half()
+        else:
+            tensors[name] = (torch.randn(shape, generator=generator) * 0.05).half()
+    return tensors

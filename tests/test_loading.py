@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from packed_layers import packed_tensors
 from safetensors.torch import save_file
 from support import TOLERANCE, Golden, chat_config, one_line_error, random_model, small_config, write_checkpoint
-from torch import Tensor
 
 import qwenvl
 from qwenvl import loading
 from qwenvl.adapt.int4 import Int4Linear
-from qwenvl.config import QuantizationConfig, QwenVLConfig
+from qwenvl.config import QuantizationConfig
 from qwenvl.errors import CheckpointError, ConfigError
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.text.tokenizer import Tokenizer
-from qwenvl.weights.gptq import dequantize, pack_columns, pack_rows
+from qwenvl.weights.gptq import dequantize
 from qwenvl.weights.keymap import entries
 
 
@@ -222,35 +222,12 @@ def test_both_layouts_are_one_model(tiny_112: Golden, tmp_path: Path) -> None:
 # --- int4 -----------------------------------------------------------------------------------------------------------
 
 
-def packed(config: QwenVLConfig, shuffled: bool) -> dict[str, Tensor]:
-    """Random tensors of an Int4 checkpoint under the reference's names, of a size at which the model says something."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for entry in entries(config):
-        name, shape = entry.reference, entry.reference_shape
-        if name.endswith("qweight"):
-            values = torch.randint(0, 16, (shape[0] * 8, shape[1]), generator=generator)
-            tensors[name] = pack_rows(values)
-        elif name.endswith("qzeros"):
-            tensors[name] = pack_columns(torch.randint(5, 10, (shape[0], shape[1] * 8), generator=generator))
-        elif name.endswith("scales"):
-            tensors[name] = (torch.rand(shape, generator=generator) * 0.02 + 0.005).half()
-        elif name.endswith("g_idx"):
-            groups = torch.arange(shape[0], dtype=torch.int32) // 32
-            tensors[name] = groups[torch.randperm(shape[0], generator=generator)] if shuffled else groups
-        elif ".ln_" in name and name.endswith("weight"):
-            tensors[name] = torch.ones(shape).half()
-        else:
-            tensors[name] = (torch.randn(shape, generator=generator) * 0.05).half()
-    return tensors
-
-
 @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "act-order"])
 def test_int4_is_the_dequantized_model(tmp_path: Path, shuffled: bool) -> None:
     """A packed folder computes what a dense model with the unpacked weights and the biases computes, and generates."""
     plain = small_config()
     config = dataclasses.replace(plain, quantization_config=QuantizationConfig(group_size=32, desc_act=shuffled))
-    tensors = packed(config, shuffled)
+    tensors = packed_tensors(config, shuffled=shuffled)
     folder = tmp_path / "int4"
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -278,6 +278,11 @@ class QwenVLConfig:
         _require("visual" in data, f"{where} lacks visual: it is not a Qwen-VL configuration")
         data = {**data, "visual": _from_json_object(VisionConfig, data["visual"], f"{where}: visual")}
         if (quantization := data.get("quantization_config")) is not None:
+            if isinstance(quantization, dict) and (kind := quantization.get("checkpoint_format")) not in (None, "gptq"):
+                # GPTQModel's "gptq_v2" has other zero points under the same names and shapes.
+                raise ConfigError(
+                    f"{where}: quantization_config: checkpoint_format {kind!r} is not supported, only 'gptq'"
+                )
             data["quantization_config"] = _from_json_object(
                 QuantizationConfig, quantization, f"{where}: quantization_config"
             )

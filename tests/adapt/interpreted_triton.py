@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from packed_layers import CASES, Pretended, golden_layer, random_layer
 from torch import Tensor
@@ -62,9 +62,13 @@ def check_product(layer: PackedLinear, x: Tensor) -> None:
         found, again = (layer(on_device(x)).cpu().as_subclass(Tensor) for _ in range(2))
     assert found.dtype == x.dtype
     assert torch.equal(found, again)
-    wide, weight, bias = x.double(), layer.weight_in(FULL).double().cpu(), layer.bias.double().cpu()
+    order = layer.order()
+    few = len(x) <= packed.CUDA_ROWS and order is not None and order[1] * layer.bits % 32 == 0
+    weight = layer.weight_in(FULL if few else x.dtype).double().cpu()  # rounded where it is unpacked
+    wide, bias = x.double(), layer.bias.double().cpu()
     exact, size = wide @ weight.T + bias, wide.abs() @ weight.abs().T + bias.abs()
-    room = size * SUMMED + exact.abs() * ROUNDED[x.dtype] + (2**-24 if x.dtype == HALF else 0)
+    summed = SUMMED if few or x.dtype == FULL else 2**-10  # torch's own sums
+    room = size * summed + exact.abs() * ROUNDED[x.dtype] + (2**-24 if x.dtype == HALF else 0)
     assert ((found.double() - exact).abs() <= room).all()
 
 
@@ -98,7 +102,7 @@ def layers(draw: st.DrawFn) -> PackedLinear:
 
 
 @given(layers(), st.integers(1, 20), st.sampled_from((FULL, HALF)))
-@settings(max_examples=10 if INTERPRETED else 100, deadline=None, derandomize=True)
+@settings(max_examples=15 if INTERPRETED else 100, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_any_layer(layer: PackedLinear, rows: int, dtype: torch.dtype) -> None:
     """Odd sizes, short and unordered groups, codes of 4 and 8 bits, words between another layer's, one pass and two."""
     check_weight(layer)
@@ -126,19 +130,19 @@ def test_nothing_beyond_the_ends() -> None:
         around[256 : 256 + tensor.numel()] = tensor.flatten()
         return around.to(DEVICE)[256 : 256 + tensor.numel()].view(tensor.shape)
 
-    for form in ({}, {"bits": 8}, {"shuffled": True}, {"group_size": 32}):
-        layer = random_layer(136, 40, **form)
+    for form in ({}, {"bits": 8}, {"shuffled": True}, {"group_size": 24}):
+        layer = random_layer(264, 40, **{"group_size": 88, **form})
         for name, buffer in layer.named_buffers():
             setattr(layer, name, guarded(buffer))
         check_weight(layer)
         for rows in (1, 5):
-            wide = torch.full((rows + 1, 160), float("nan"), dtype=HALF)
-            wide[:rows, 8:144] = torch.randn(rows, 136).to(HALF)
-            check_product(layer, wide[:rows, 8:144])
+            wide = torch.full((rows + 1, 288), float("nan"), dtype=HALF)
+            wide[:rows, 8:272] = torch.randn(rows, 264).to(HALF)
+            check_product(layer, wide[:rows, 8:272])
 
 
-def test_many_strips() -> None:
+def test_many_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many outputs that a strip's program gets fewer warps."""
-    outputs = packed_triton.BLOCK_N * packed_triton.MANY
+    monkeypatch.setattr(packed_triton, "MANY", 2)
     for rows, dtype in ((1, FULL), (2, HALF)):
-        check_product(random_layer(128, outputs), torch.randn(rows, 128).to(dtype))
+        check_product(random_layer(128, 72), torch.randn(rows, 128).to(dtype))

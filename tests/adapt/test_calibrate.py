@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import qwenvl
 from qwenvl.adapt import calibrate
 from qwenvl.adapt.calibrate import HEAD, SHARING, Example, QuantizedDecoder, output_errors, quantize_decoder
+from qwenvl.adapt.fuse import FusedSwiGLU, fuse
 from qwenvl.adapt.int4 import quantize_structure
 from qwenvl.adapt.packed import PackedLinear
 from qwenvl.config import QuantizationConfig
@@ -225,3 +226,22 @@ def test_per_layer_errors_of_the_embedded_model(scenes: dict[Split, list[Example
     assert max(ratios) < 0.95  # 0.86 when it was written, with a quarter of the usual examples
     assert sum(ratios) / len(ratios) < 0.55  # 0.49
     assert max(ours.values()) < 0.06
+
+
+def test_a_fused_model_is_quantised_as_any_other() -> None:
+    """Loading on a GPU fuses gate and up projection before anyone can quantise: words, errors and outputs are the same.
+
+    The fused product would be blind to a weight that was replaced instead of written to, and its hooks to `w1`'s.
+    """
+    plain, fused = random_model(MODEL), random_model(MODEL)
+    fuse(fused)
+    assert all(isinstance(block.mlp, FusedSwiGLU) for block in fused.decoder.blocks)
+    found, expected = quantized(fused), quantized(plain)
+    assert list(found.packed) == list(expected.packed)
+    for path, packed in found.packed.items():
+        assert all(torch.equal(part, vars(expected.packed[path])[name]) for name, part in vars(packed).items()), path
+        assert found.errors[path] == pytest.approx(expected.errors[path], abs=1e-6)
+    with torch.no_grad():
+        for example in prompts(2, seed=1):
+            logits = fused(example.input_ids, example.pixels)
+            torch.testing.assert_close(logits, plain(example.input_ids, example.pixels), atol=2e-5, rtol=0)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from captured import PretendedStepper, pretend
+from packed_layers import packed_tensors
 from support import random_model, small_config
 
 import qwenvl
 from qwenvl.adapt import capture
 from qwenvl.adapt.capture import Stepper
+from qwenvl.adapt.fuse import fuse
+from qwenvl.adapt.int4 import quantize_structure
 from qwenvl.adapt.packed import Kernel
+from qwenvl.config import QuantizationConfig
 from qwenvl.generation.decode import AHEAD, decode, prefill
 from qwenvl.generation.sampling import SamplingOptions
 from qwenvl.model.cache import KVCache
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.pipeline import Pipeline
+from qwenvl.weights.keymap import entries
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +184,71 @@ def test_a_capture_that_fails(
     assert len(lines) == (2 if again else 1)
     assert all(told in line for line in lines)
     assert tried == list(range(32, fails_at + 1, 16)) * (2 if again else 1)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def gpu_model(packed: bool) -> QwenVL:
+    """Random weights on the GPU, fused, as `load` leaves them."""
+    if not packed:
+        model = random_model(small_config())
+    else:
+        config = replace(small_config(), quantization_config=QuantizationConfig(group_size=32))
+        model = QwenVL(config).eval()
+        quantize_structure(model, config)
+        tensors = packed_tensors(config)
+        state = {e.ours: e.translate(tensors[e.reference], "reference", "qwenvl", config) for e in entries(config)}
+        model.load_state_dict(state)
+    model = model.requires_grad_(False).cuda()
+    fuse(model)
+    return model
+
+
+def on_gpu(model: QwenVL, lengths: list[int], *, captured: bool) -> list[list[int | None]]:
+    """Ids behind prompts of these lengths."""
+    width = max(lengths)
+    ids = torch.randint(0, 60, (len(lengths), width), generator=torch.Generator().manual_seed(width)).cuda()
+    mask = torch.tensor([[column >= width - length for column in range(width)] for length in lengths]).cuda()
+    cache = KVCache.allocate(model.config, len(lengths), 100, device="cuda")
+    logits = prefill(model, cache, ids, attention_mask=mask)
+    stepper = Stepper(model, cache)
+    stepper.captures &= captured
+    options = SamplingOptions(max_new_tokens=40)
+    found = [new.ids for new in decode(model, cache, logits, ids, options, history_mask=mask, stepper=stepper)]
+    assert stepper.captures == (captured and not capture.GRAPHS.failed)
+    assert torch.equal(cache.lengths.cpu(), cache.host_lengths)
+    return found
+
+
+@on_a_gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("lengths", [[30], [28, 9], [40] * 20], ids=["one row", "two rows", "twenty rows"])
+def test_captured_steps_on_a_gpu(packed: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give the loop's ids, bucket after bucket, and so does a second cache with its own captures."""
+    monkeypatch.setattr(capture, "BUCKET", 16)
+    model = gpu_model(packed)
+    expected = on_gpu(model, lengths, captured=False)
+    for _ in range(2):
+        assert on_gpu(model, lengths, captured=True) == expected
+
+
+@on_a_gpu
+def test_a_capture_that_fails_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that waits for the device cannot be captured: the ids are the loop's, the stream is the one before."""
+    monkeypatch.setattr(capture, "GRAPHS", Kernel("a CUDA graph"))
+    model = gpu_model(packed=False)
+    expected, stream = on_gpu(model, [30], captured=False), torch.cuda.current_stream()
+    step = model.decoder.step
+
+    def waiting(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        int(ids.sum())
+        return step(ids, cache)
+
+    monkeypatch.setattr(model.decoder, "step", waiting)
+    assert on_gpu(model, [30], captured=True) == expected
+    assert torch.cuda.current_stream() == stream
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("a CUDA graph cannot be used here (")

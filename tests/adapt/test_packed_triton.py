@@ -24,7 +24,7 @@ from qwenvl.weights.gptq import dequantize
 MODULE = "qwenvl.adapt.packed_triton"
 
 
-@pytest.mark.parametrize("where", ["interpreter", "GPU"])
+@pytest.mark.parametrize("where", [pytest.param("interpreter", marks=pytest.mark.slow), "GPU"])
 def test_the_kernels_themselves(where: str) -> None:
     """They give the exact path's numbers: on goldens, on shapes of every form, and without touching what lies around.
 

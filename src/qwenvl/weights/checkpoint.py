@@ -117,11 +117,22 @@ class Checkpoint:
         """Missing, unknown, wrongly shaped or typed tensors, all in one line."""
         wanted = {entry.name(self.layout): entry for entry in entries(self.config)}
         allowed = dropped_names(self.config) if self.layout == "reference" else frozenset()
-        misshaped = [
-            f"{name} is {list(self.stored[name].shape)} where config.json makes it {list(entry.shape(self.layout))}"
+        misfits = [
+            name
             for name, entry in wanted.items()
             if name in self.stored and self.stored[name].shape != entry.shape(self.layout)
         ]
+        misshaped = [
+            f"{name} is {list(self.stored[name].shape)} where config.json makes it "
+            f"{list(wanted[name].shape(self.layout))}"
+            for name in misfits
+        ]
+        packing = self.config.quantization_config
+        hint = (
+            f", which says bits {packing.bits} and group_size {packing.group_size},"
+            if packing is not None and any(wanted[name].kind in ("packed", "scale") for name in misfits)
+            else ""
+        )
         mistyped = [
             f"{name} is {self.stored[name].dtype}"
             for name, entry in wanted.items()
@@ -139,7 +150,7 @@ class Checkpoint:
         ]
         if problems:
             raise CheckpointError(
-                f"{self.folder}: {'; '.join(problems)}; the weights are incomplete or config.json is not theirs"
+                f"{self.folder}: {'; '.join(problems)}; the weights are incomplete or config.json{hint} is not theirs"
             )
 
 
