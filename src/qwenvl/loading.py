@@ -1,7 +1,9 @@
 """From a checkpoint's name to a pipeline.
 
-load            resolve the name, build the model on the meta device, adapt it, and put the tensors in one by one
+load            resolve the name, build the model, and put the checkpoint's tensors in one by one
+build           a model as it is run on a device, from whoever has its tensors
 choose_device   where it is put
+free_memory     how much there is for it
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from tqdm import tqdm
 from .adapt.adapters import load_adapter
 from .adapt.int4 import quantize_structure
 from .adapt.layout import columns_first
-from .config import GenerationConfig
+from .config import GenerationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
 from .model.qwenvl import QwenVL
@@ -70,16 +73,30 @@ def load(
             f"{folder}: visual.image_start_id is {config.visual.image_start_id} in config.json, but <img> is "
             f"{tokenizer.image_start_id} in {VOCABULARY_FILE}"
         )
+
+    def fill(model: QwenVL, laid_out: frozenset[str]) -> None:
+        load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
+        if adapter is not None:
+            load_adapter(model, adapter, merge=config.quantization_config is None)
+
+    model = build(config, dtype, device, fill)
+    font = folder / FONT_FILE
+    return Pipeline(model, tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
+
+
+def build(
+    config: QwenVLConfig, dtype: torch.dtype, device: torch.device, fill: Callable[[QwenVL, frozenset[str]], None]
+) -> QwenVL:
+    """A model in eval mode, made on the meta device, adapted to its weights and to the device that it is to run on.
+
+    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`).
+    """
     with torch.device("meta"):
         model = QwenVL(config)
         if config.quantization_config is not None:
             quantize_structure(model, config)
-    laid_out = columns_first(model, dtype, device)
-    load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
-    if adapter is not None:
-        load_adapter(model, adapter, merge=config.quantization_config is None)
-    font = folder / FONT_FILE
-    return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
+    fill(model, columns_first(model, dtype, device))
+    return model.eval()
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -113,7 +130,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
         4 * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
         for entry in checkpoint.entries
     )
-    free = _free_memory()
+    free = free_memory()
     if free is None or needed < free:
         return torch.float32
     if not quiet:
@@ -125,7 +142,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
     return torch.bfloat16
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes that new allocations can get without swapping; None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

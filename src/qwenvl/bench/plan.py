@@ -1,0 +1,99 @@
+"""What is measured, with which sizes, and in how many seconds.
+
+Plan                 the sizes of one benchmark; FULL, QUICK and TINY are the three there are
+Budget               seconds shared out among what is still to be done
+PARTS                what `--only` may name
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+PARTS = ("encode", "prefill", "first-token", "decode", "batch", "start-up", "transformers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one benchmark. Lengths are tokens.
+
+    seconds         that the whole may take; a process that has not ended GRACE later is stopped
+    parts           which of PARTS are measured
+    prefill         length of the prompt whose prefill is timed, a picture among it
+    decode          how many new tokens each decoding run behind one picture is about
+    most_steps      decode no more than so many of them, in the middle of the run; 0: all that the time allows
+    rows            batch sizes of the throughput runs, each `batch_context` tokens long and `batch_new` more
+    repeats         how often what takes milliseconds is repeated, for the median
+    copied_bytes    size of the tensor whose copy tells the memory's rate
+    matmul_side     rows and columns of the matrices whose product tells the rate of arithmetic
+    peer_tokens     new tokens of the comparison with `transformers`
+    """
+
+    seconds: float = 450
+    parts: tuple[str, ...] = PARTS
+    prefill: int = 2048
+    decode: tuple[int, ...] = (256, 1792, 7934)
+    most_steps: int = 0
+    rows: tuple[int, ...] = (1, 8, 32)
+    batch_context: int = 512
+    batch_new: int = 128
+    repeats: int = 20
+    copied_bytes: int = 4 * 2**30
+    matmul_side: int = 8192
+    peer_tokens: int = 256
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `dataclasses.asdict` made these of, after JSON has made lists of tuples."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+GRACE = 15.0  # seconds that a process may take longer than it was told, before it is stopped
+FULL = Plan()
+QUICK = replace(
+    FULL,
+    seconds=110,
+    parts=tuple(part for part in PARTS if part not in ("start-up", "transformers")),
+    most_steps=128,
+    batch_new=32,
+    repeats=5,
+)
+TINY = Plan(
+    seconds=50,
+    prefill=96,
+    decode=(8, 24, 400),
+    most_steps=24,
+    rows=(1, 2, 4),
+    batch_context=16,
+    batch_new=8,
+    repeats=3,
+    copied_bytes=32 * 2**20,
+    matmul_side=256,
+    peer_tokens=4,
+)
+
+
+class Budget:
+    """Seconds for a row of things to do, shared by weight: what one does not use, those after it get.
+
+    `Budget(60, [1, 2])` allows 20 to the first and, if that took 5, 55 to the second.
+    """
+
+    def __init__(
+        self, seconds: float, weights: Sequence[float], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock, self._end = clock, clock() + seconds
+        self._weights = list(weights)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end, none of them negative."""
+        return max(self._end - self._clock(), 0.0)
+
+    def share(self) -> float:
+        """Seconds for the next one."""
+        share = self._weights[0] / sum(self._weights)
+        del self._weights[0]
+        return share * self.left
