@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +18,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 DIFFERENCES = pytest.StashKey[dict[str, dict[str, float]]]()
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they do
+# A shell that starts tests in the background has them ignore Ctrl-C, and so would every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

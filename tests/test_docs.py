@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/model.md",
     "docs/tutorial.md",
     "docs/training.md",
+    "docs/quantization.md",
     "docs/small-model.md",
     "weights/tiny/README.md",
 )
@@ -59,7 +60,9 @@ def headings(document: str) -> list[tuple[int, str]]:
     return [(len(marks), re.sub(r"[^\w\- ]", "", text).lower().replace(" ", "-")) for marks, text in found]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md"]
+)
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader can paste the blocks one after the other; each line `# -> text` is what the block above it prints."""
     monkeypatch.chdir(tmp_path)
@@ -73,7 +76,10 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert promised == [line for line in output.getvalue().splitlines() if line in promised]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/training.md", "weights/tiny/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "weights/tiny/README.md"],
+)
 def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command does what it did when it was written: ours run here, those that build or download are looked up."""
     monkeypatch.chdir(tmp_path)

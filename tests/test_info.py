@@ -83,6 +83,15 @@ def test_int4_counts(tmp_path: Path) -> None:
     assert "note" not in text
 
 
+def test_packed_head(tmp_path: Path) -> None:
+    """A packed head is said to be one, and has its parameters and a bias."""
+    plain = QwenVLConfig.load(embedded("tiny"))
+    quantization = QuantizationConfig(bits=8, group_size=-1, lm_head=True)
+    facts = summarize(write(tmp_path, replace(plain, quantization_config=quantization)))
+    assert facts["parts"]["head"]["parameters"] == (plain.hidden_size + 1) * plain.vocab_size
+    assert "int8 (one scale an output, the head too)" in describe(facts)
+
+
 def test_every_tensor_is_in_one_part() -> None:
     """No tensor is counted twice or forgotten, packed or not."""
     plain = QwenVLConfig.load(embedded("tiny"))

@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | train | bench | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | bench | demo`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .bench import command as bench
 from .errors import ImageError, PromptError, QwenVLError, printable, told
+from .quantization import command as quantization
 from .training import command as training
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ EXAMPLES = {
   qwenvl convert Qwen/Qwen-VL-Chat mine --adapter run/adapter      # what `qwenvl train` learned, folded in
 
 The destination is written as DESTINATION.partial and renamed when it is whole. If the run is stopped, run it again.""",
+    "quantize": quantization.EPILOG,
     "train": training.EPILOG,
     "bench": bench.EPILOG,
     "demo": """example:
@@ -146,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--adapter", metavar="FOLDER", help="fold this LoRA adapter in; --to is then our layout unless it is given"
     )
+
+    quantize = command("quantize", quantization.run, "Pack a checkpoint's decoder to 4 or 8 bits.", _source)
+    quantization.add_arguments(quantize)
 
     train = command("train", training.run, "Fine-tune on conversations about pictures: all weights, LoRA or QLoRA.")
     training.add_arguments(train)

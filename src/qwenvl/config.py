@@ -165,7 +165,8 @@ class QuantizationConfig:
     """How the decoder's linears are packed (GPTQ, AutoGPTQ v1 layout).
 
     `bits` is 4 or 8. There is one scale and one zero point for each `group_size` inputs of an output, or for all of its
-    inputs if that is -1.
+    inputs if that is -1. `sym` says that every zero point is the middle, `desc_act` that groups may take their inputs
+    from anywhere (act-order), `lm_head` that the head is packed, too.
     """
 
     bits: int = 4
@@ -173,13 +174,17 @@ class QuantizationConfig:
     sym: bool = True
     desc_act: bool = False
     quant_method: str = "gptq"
+    lm_head: bool = False
 
     def __post_init__(self) -> None:
         _require(self.quant_method == "gptq", f"quant_method {self.quant_method!r} is not supported, only 'gptq'")
         _require(type(self.bits) is int and self.bits in (4, 8), f"bits must be 4 or 8, not {self.bits!r}")
-        if self.group_size != -1:
-            _positive_whole_numbers(self, "group_size")
-        _booleans(self, "sym", "desc_act")
+        size = self.group_size
+        _require(
+            is_whole(size) and (size > 0 or size == -1),
+            f"group_size must be a positive whole number, or -1 for one scale an output, not {size!r}",
+        )
+        _booleans(self, "sym", "desc_act", "lm_head")
 
     @property
     def per_word(self) -> int:

@@ -69,7 +69,8 @@ def describe(facts: dict[str, Any]) -> str:
     stored = ", ".join(facts["dtypes"])
     if quantized:
         size = quantized["group_size"]
-        stored = f"int{quantized['bits']} ({'one scale an output' if size == -1 else f'groups of {size}'})"
+        stored = f"int{quantized['bits']} ({'one scale an output' if size == -1 else f'groups of {size}'}"
+        stored += ", the head too)" if quantized["lm_head"] else ")"
     grid = visual["image_size"] // visual["patch_size"]
     lines = [
         f"{facts['folder']}: {facts['layout']} layout, {facts['chat_format']}, {stored}",

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
+from .adapt.fuse import fuse
 from .adapt.int4 import quantize_structure
 from .adapt.layout import columns_first
 from .config import GenerationConfig, QwenVLConfig
@@ -49,7 +50,8 @@ def load(
             ours, or "tiny", the small checkpoint that comes with the library.
         device: "auto" (CUDA, else MPS, else the CPU) or a torch device.
         dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
-            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
+            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16; there, packed
+            weights then round their inputs to bfloat16, for a faster kernel.
         revision, cache_dir: of the hub download.
         adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
             model is as fast as without; beside weights in 4 bits, which cannot take it in, it stays by itself.
@@ -64,7 +66,9 @@ def load(
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     device = choose_device(device)
+    exact = dtype != "auto"
     dtype = _choose_dtype(dtype, device, checkpoint, quiet)
+    _check_room(dtype, device, checkpoint)
     # The small files before the large ones: what is wrong with them should not take minutes to be said.
     generation_config = GenerationConfig.load(folder)
     tokenizer = Tokenizer(folder) if (folder / VOCABULARY_FILE).is_file() else None
@@ -79,24 +83,59 @@ def load(
         if adapter is not None:
             load_adapter(model, adapter, merge=config.quantization_config is None)
 
-    model = build(config, dtype, device, fill)
+    model = build(config, dtype, device, fill, exact=exact)
     font = folder / FONT_FILE
     return Pipeline(model, tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
 
 def build(
-    config: QwenVLConfig, dtype: torch.dtype, device: torch.device, fill: Callable[[QwenVL, frozenset[str]], None]
+    config: QwenVLConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Callable[[QwenVL, frozenset[str]], None],
+    *,
+    exact: bool = True,
 ) -> QwenVL:
     """A model in eval mode, made on the meta device, adapted to its weights and to the device that it is to run on.
 
-    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`).
+    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`). `exact`
+    is that of packed layers (see `PackedLinear`).
     """
     with torch.device("meta"):
         model = QwenVL(config)
         if config.quantization_config is not None:
-            quantize_structure(model, config)
+            quantize_structure(model, config, exact=exact)
     fill(model, columns_first(model, dtype, device))
+    if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
+        fuse(model)
     return model.eval()
+
+
+def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
+    """Refuse what a GPU cannot hold before the first byte is read. Raises ConfigError."""
+    if device.type != "cuda":
+        return
+    needed, free = _bytes_as(dtype, checkpoint), torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        half = "" if dtype.itemsize == 2 else "dtype bfloat16 takes half; "
+        raise ConfigError(
+            f"the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are "
+            f"free on {device}: {half}the Int4 checkpoint takes 9.7 GB; device cpu has {_told_free_memory()}"
+        )
+
+
+def _told_free_memory() -> str:
+    free = free_memory()
+    return "what the machine has" if free is None else f"{free / 1e9:.1f} GB"
+
+
+def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint) -> int:
+    """What the weights take once they are loaded."""
+    width = dtype.itemsize
+    return sum(
+        width * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
+        for entry in checkpoint.entries
+    )
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -126,10 +165,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "mps":
         return torch.float16
-    needed = sum(
-        4 * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
-        for entry in checkpoint.entries
-    )
+    needed = _bytes_as(torch.float32, checkpoint)
     free = free_memory()
     if free is None or needed < free:
         return torch.float32

@@ -367,6 +367,18 @@ def test_merging_into_packed_weights_is_refused() -> None:
     assert all(isinstance(layer, LoraLinear) for layer in lora_layers(model).values())
 
 
+def test_packed_head_cannot_be_trained() -> None:
+    """Embeddings are trained in full, head included: over a packed head that is a mistake; other targets are not."""
+    config = replace(small_config(), quantization_config=QuantizationConfig(group_size=32, lm_head=True))
+    model = random_model(config)
+    quantize_structure(model, config)
+    with one_line_error(ConfigError, "head is packed", "train_embeddings"):
+        add_lora(model, LoraOptions(r=4, train_embeddings=True))
+    assert not lora_layers(model)
+    add_lora(model, SMALL)
+    model(some_ids())
+
+
 def test_print() -> None:
     """`print(model)` says rank and scale."""
     assert "r=4, scale=4" in repr(adapted())

@@ -150,7 +150,14 @@ def stored_bytes(config: QwenVLConfig, width: int) -> int:
     return sum(widths[entry.kind] * math.prod(entry.our_shape) for entry in entries(config))
 
 
-@pytest.mark.parametrize("config", [QWEN_VL, REAL_INT4, small_config(width=128)], ids=["16 bits", "int4", "small"])
+REAL_INT8 = replace(QWEN_VL, quantization_config=QuantizationConfig(bits=8, group_size=-1, lm_head=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QWEN_VL, REAL_INT4, REAL_INT8, small_config(width=128)],
+    ids=["16 bits", "int4", "int8 with the head", "small"],
+)
 def test_weights_are_the_tables(config: QwenVLConfig) -> None:
     """Arithmetic without torch and the table of tensors count the same bytes; the published sizes come out."""
     for width in (2, 4):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import one_line_error
 
 from qwenvl.config import QwenVLConfig
 from qwenvl.errors import CheckpointError, ConfigError
@@ -24,7 +25,7 @@ from qwenvl.weights import write
 from qwenvl.weights.checkpoint import Checkpoint
 from qwenvl.weights.convert import convert
 from qwenvl.weights.keymap import entries
-from qwenvl.weights.write import save
+from qwenvl.weights.write import check_destination, save
 
 ROOT = Path(__file__).parents[2]
 Tensors = dict[str, torch.Tensor]
@@ -297,6 +298,30 @@ def test_too_little_room(
         convert(source, tmp_path / "ours")
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["reference"]
+
+
+def test_destination_is_looked_at_before_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes minutes before it writes is told first that it could not; the look leaves nothing behind."""
+    check_destination(tmp_path / "a" / "new", 1)
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty", 1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    (tmp_path / "left.partial").mkdir()
+    (tmp_path / "left.partial" / "thesis.tex").touch()
+    for name, says in (
+        ("full", "full exists already; remove it or name another folder"),
+        ("full/mine", "mine exists already"),
+        ("full/mine/below", "mine is not a folder that you may write into"),
+        ("left", "holds files that are not a conversion's (thesis.tex)"),
+    ):
+        with one_line_error(CheckpointError, says):
+            check_destination(tmp_path / name, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with one_line_error(CheckpointError, str(tmp_path), "has 0.001 GB free and 0.003 GB are needed"):
+        check_destination(tmp_path / "a" / "new", 3_000_000)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "full", "left.partial"}
 
 
 def test_disk_that_fills_up(

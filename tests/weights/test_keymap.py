@@ -24,6 +24,7 @@ BF16 = QwenVLConfig(
     visual=VisionConfig(),
 )
 INT4 = replace(BF16, quantization_config=QuantizationConfig())
+INT8_HEAD = replace(BF16, quantization_config=QuantizationConfig(bits=8, group_size=-1, lm_head=True))
 # Of the sorted names of the published Int4 checkpoint, one a line.
 INT4_NAMES_SHA256 = "02c96b5832939f283878950e125c125b040a5f30f0615cc2a504f460dfbe06c4"
 INT4_BYTES = 9_731_786_240
@@ -54,7 +55,23 @@ def test_bf16_names_follow_from_the_int4_names() -> None:
     assert set(reference_names(BF16)) == expected
 
 
-@pytest.mark.parametrize("config", [BF16, INT4], ids=["bf16", "int4"])
+def test_a_packed_head_is_asked_for_by_name() -> None:
+    """With `lm_head`, the head has the names and shapes of a packed linear, and nothing else changes."""
+    plain, packed = (
+        {e.reference: e.reference_shape for e in entries(replace(BF16, quantization_config=quantization))}
+        for quantization in (QuantizationConfig(), QuantizationConfig(lm_head=True))
+    )
+    assert {name: plain[name] for name in plain if name not in packed} == {"lm_head.weight": (151936, 4096)}
+    assert {name: packed[name] for name in packed if name not in plain} == {
+        "lm_head.qweight": (512, 151936),
+        "lm_head.qzeros": (32, 18992),
+        "lm_head.scales": (32, 151936),
+        "lm_head.g_idx": (4096,),
+        "lm_head.bias": (151936,),
+    }
+
+
+@pytest.mark.parametrize("config", [BF16, INT4, INT8_HEAD], ids=["bf16", "int4", "int8 with the head"])
 def test_one_to_one_onto_the_model(config: QwenVLConfig) -> None:
     """At full size on the meta device, nothing of the model is missing, left over or of another shape."""
     with torch.device("meta"):
@@ -110,3 +127,7 @@ def test_sizes_that_cannot_be_packed(int4_config: QwenVLConfig) -> None:
     """Eight values share a word: other sizes are refused, not rounded."""
     with pytest.raises(ConfigError, match="multiples of 8"):
         entries(replace(int4_config, intermediate_size=700))
+    odd = replace(int4_config, vocab_size=int4_config.vocab_size + 1)
+    entries(odd)
+    with pytest.raises(ConfigError, match="a packed head needs a vocab_size that is a multiple of 8"):
+        entries(replace(odd, quantization_config=QuantizationConfig(lm_head=True)))

@@ -34,6 +34,7 @@ from .lora import (
     LoraLinear,
     LoraOptions,
     add_lora,
+    check_fits,
     check_mergeable,
     decoder_linears,
     lora_layers,
@@ -258,7 +259,7 @@ def _read_options(path: Path, config: QwenVLConfig) -> LoraOptions:
             targets=_read_targets(data.get("target_modules"), config),
             train_embeddings=bool(saved),
         )
-        target_paths(config, options.targets)
+        check_fits(config, options)
     except ConfigError as error:
         raise ConfigError(f"{path} does not fit this model: {error}") from None
     return options

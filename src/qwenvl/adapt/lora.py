@@ -125,6 +125,13 @@ def target_paths(config: QwenVLConfig, targets: Iterable[str]) -> dict[str, str]
     return {path: ours for path, ours in linears.items() if any(matches(target, path) for target in targets)}
 
 
+def check_fits(config: QwenVLConfig, options: LoraOptions) -> None:
+    """Raise ConfigError if a target names no linear, or if embeddings are to be trained and the head is packed."""
+    target_paths(config, options.targets)
+    if options.train_embeddings and config.quantization_config is not None and config.quantization_config.lm_head:
+        raise ConfigError("this checkpoint's head is packed, so train_embeddings cannot train it: leave that off")
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """The adapted linears of a model by their paths, in order; none if it has no adapter."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
@@ -150,6 +157,7 @@ def wrap_linears(model: QwenVL, options: LoraOptions) -> None:
     """Put a `LoraLinear` around every target, in place. Raises ConfigError as `add_lora` does."""
     if lora_layers(model):
         raise ConfigError("the model has LoRA adapters already: merge them first (merge_lora), or load the model anew")
+    check_fits(model.config, options)
     for path in target_paths(model.config, options.targets).values():
         base = model.get_submodule(path)
         assert isinstance(base, (nn.Linear, Int4Linear)), f"{path} is a {type(base).__name__}"
@@ -164,7 +172,8 @@ def add_lora(model: QwenVL, options: LoraOptions) -> None:
     float32, for the reason that `LoraLinear` gives; a model that is otherwise in 16 bits then runs under autocast only,
     until `merge_lora`.
 
-    Raises ConfigError if a target names no linear of the decoder, or if the model has adapters already.
+    Raises ConfigError if a target names no linear of the decoder, if the model has adapters already, or if embeddings
+    are to be trained and the head is packed.
     """
     wrap_linears(model, options)
     model.requires_grad_(False)

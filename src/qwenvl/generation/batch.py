@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
-from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from ..text.stream import ReplyStream
 from ..text.tokenizer import Tokenizer
 from .beam import BeamOptions
 from .decode import decode, prefill, search
+from .room import allocate, bounded
 from .sampling import SamplingOptions
 
 
@@ -48,15 +48,16 @@ def generate_batch(
     n_beams = 1 if beams is None else beams.num_beams
     n_vocab = None if tokenizer is None else tokenizer.n_vocab
     slots = max(width, min(width + options.max_new_tokens, model.config.max_position_embeddings))
-    cache = KVCache.allocate(model.config, batch * n_beams, slots, weight.dtype, weight.device)
-    logits = prefill(
-        model,
-        cache.rows(slice(batch)),
-        input_ids,
-        pixels=pixels,
-        image_features=image_features,
-        attention_mask=mask,
-    )
+    cache = allocate(model, batch * n_beams, slots)
+    with bounded(model, batch * n_beams, slots):
+        logits = prefill(
+            model,
+            cache.rows(slice(batch)),
+            input_ids,
+            pixels=pixels,
+            image_features=image_features,
+            attention_mask=mask,
+        )
     if beams is not None:
         found = search(
             model, cache, logits, input_ids, options, beams, history_mask=mask, stop_ids=stop_ids, n_vocab=n_vocab

@@ -17,6 +17,7 @@ from ..errors import PromptError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from .decode import prefill
+from .room import allocate, bounded
 
 Sign = int | str  # of a token: its id, or its picture's hash where it stands inside an image span
 Stamp = tuple[object, ...]
@@ -77,12 +78,13 @@ def start(
         encoded = model.encode_images(torch.stack([new[hash_] for hash_ in missing]))
         session.features |= dict(zip(missing, encoded, strict=True))
     session.features = {hash_: session.features[hash_] for hash_, _ in images if hash_ in session.features}
-    logits = prefill(
-        model,
-        cache,
-        torch.tensor([list(ids[kept:])], device=cache.keys.device),
-        image_features=torch.stack([session.features[hash_] for hash_, _ in images[skipped:]]) if new else None,
-    )
+    with bounded(model, 1, cache.max_length):
+        logits = prefill(
+            model,
+            cache,
+            torch.tensor([list(ids[kept:])], device=cache.keys.device),
+            image_features=torch.stack([session.features[hash_] for hash_, _ in images[skipped:]]) if new else None,
+        )
     session.signs = signs
     return logits
 
@@ -121,9 +123,8 @@ def _with_room(model: QwenVL, cache: KVCache | None, kept: int, needed: int, pro
     if cache is not None and cache.max_length >= needed:
         cache.rewind([kept], prompt_lengths=[prompt_length])
         return cache
-    weight = model.decoder.wte.weight
     length = min(-(-needed // CACHE_BLOCK) * CACHE_BLOCK, model.config.max_position_embeddings)
-    new = KVCache.allocate(model.config, 1, length, weight.dtype, weight.device)
+    new = allocate(model, 1, length)
     if cache is not None and kept:
         new.keys[:, :, :, :kept] = cache.keys[:, :, :, :kept]
         new.values[:, :, :, :kept] = cache.values[:, :, :, :kept]

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from ..adapt.adapters import save_adapter
-from ..adapt.lora import add_lora, target_paths
+from ..adapt.lora import add_lora, check_fits
 from ..errors import CheckpointError, ConfigError, QwenVLError
 from ..files import TEMPORARY, whole_file
 from ..loading import choose_device, load
@@ -136,7 +136,7 @@ class _Run:
         self.checkpoint = Checkpoint(folder)
         self.cuda = choose_device(settings.device).type == "cuda"
         if settings.method != "full":
-            target_paths(self.checkpoint.config, settings.lora.targets)
+            check_fits(self.checkpoint.config, settings.lora)
         self.dtype = self._dtype()
         self.data = self._dataset(settings.data or "")
         self.evaluation_data = None if settings.evaluation_data is None else self._dataset(settings.evaluation_data)

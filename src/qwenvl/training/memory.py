@@ -159,15 +159,18 @@ def weight_bytes(config: QwenVLConfig, width: int) -> int:
     parameters = sum(parameter_counts(config).values())
     if (quantization := config.quantization_config) is None:
         return width * parameters
+    linears = [*block_linears(config).items()] * config.num_hidden_layers
+    if quantization.lm_head:
+        linears.append(("lm_head", (config.hidden_size, config.vocab_size)))
     packed = 0
-    for inputs, outputs in block_linears(config).values():
+    for name, (inputs, outputs) in linears:
         groups = quantization.groups(inputs)
-        biases = 0 if outputs == 3 * inputs else outputs  # counted above for c_attn, which always has them
+        biases = 0 if name == "attn.c_attn" else outputs  # which always has them: counted above
         # words and zero points, scales in 16 bits, the group of each input
         codes = (inputs + groups) * outputs * quantization.bits // 8
         packed += codes + 2 * groups * outputs + 4 * inputs + width * biases
-        parameters -= inputs * outputs * config.num_hidden_layers
-    return width * parameters + packed * config.num_hidden_layers
+        parameters -= inputs * outputs
+    return width * parameters + packed
 
 
 def estimate(config: QwenVLConfig, work: Workload) -> Memory:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..adapt.adapters import load_adapter
 from ..config import CONFIG_FILE, read_json
-from ..errors import CheckpointError
 from ..loading import load
 from ..weights.checkpoint import DTYPES, Checkpoint
-from ..weights.folder import SIDE_FILES
+from ..weights.folder import side_files
 from ..weights.keymap import Layout
 from ..weights.write import MAX_SHARD_BYTES, Spec, write_folder
 
@@ -57,10 +56,7 @@ def write_model(
 
 
 def _side_files(folder: Path) -> dict[str, bytes]:
-    try:
-        files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
+    files = side_files(folder)
     config = read_json(folder / CONFIG_FILE)
     if config.pop("note", None) is not None:
         files[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()

@@ -271,11 +271,17 @@ def by_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
-    """Refuse group numbers that have no scale, before a kernel reads beyond the scales."""
+    """Refuse group numbers that have no scale, before a kernel reads beyond the scales, and a shuffle nobody spoke of."""
     assert config.quantization_config is not None
-    groups = config.quantization_config.groups(len(g_idx))
+    groups, size = config.quantization_config.groups(len(g_idx)), config.quantization_config.group_size
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise CheckpointError(f"{entry.ours} names groups outside 0 to {groups - 1}: it is damaged; fetch it again")
+    shuffled = groups > 1 and not torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype) // size)
+    if shuffled and not config.quantization_config.desc_act:
+        raise CheckpointError(
+            f"{entry.ours} is not in groups of {size} in order, but config.json has desc_act false: one of the two is not "
+            "this checkpoint's; fetch both again"
+        )
 
 
 def progress_bar(what: str, total: int, quiet: bool) -> tqdm:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .folder import SIDE_FILES
+from .folder import side_files
 from .keymap import Layout
 from .write import MAX_SHARD_BYTES, Spec, write_folder
 
@@ -39,18 +38,12 @@ def convert(
     def read(names: Sequence[str]) -> Iterator[Tensor]:
         return (tensor for _, tensor in checkpoint.stream(wanted, [entries[name] for name in names]))
 
-    try:
-        side_files = {
-            name: (checkpoint.folder / name).read_bytes() for name in SIDE_FILES if (checkpoint.folder / name).is_file()
-        }
-    except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
     return write_folder(
         Path(destination),
         {name: Spec(entry.shape(wanted), checkpoint.at(entry).dtype) for name, entry in entries.items()},
         read,
         wanted,
-        side_files,
+        side_files(checkpoint.folder),
         max_shard_bytes=max_shard_bytes,
         quiet=quiet,
     )

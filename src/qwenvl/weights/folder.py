@@ -2,6 +2,7 @@
 
 weight_files   the shards of a folder, complete or refused
 SIDE_FILES     configuration, vocabulary and font
+side_files     those that a folder has
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ def few(names: list[str], shown: int = 3) -> str:
     """The first names and how many more there are, for one line of an error."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """Configuration, vocabulary and font, byte for byte, by name. Raises CheckpointError if one cannot be read."""
+    try:
+        return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def weight_files(folder: Path) -> WeightFiles:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import REFERENCE_GRID, QwenVLConfig
+from ..config import REFERENCE_GRID, QuantizationConfig, QwenVLConfig
 from ..errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -66,7 +66,7 @@ class Row:
     op: Op = COPY
     ours: str | None = None
     kind: Kind = "float"
-    when: Literal["always", "plain", "packed", "widths differ"] = "always"
+    when: Literal["always", "plain", "packed", "plain head", "packed head", "widths differ"] = "always"
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,23 @@ class Section:
     rows: tuple[Row, ...]
 
 
-def _linear(name: str, outputs: str, inputs: str, *, biased: bool = False) -> tuple[Row, ...]:
+def _linear(
+    name: str,
+    outputs: str,
+    inputs: str,
+    *,
+    biased: bool = False,
+    plain: Literal["plain", "plain head"] = "plain",
+    packed: Literal["packed", "packed head"] = "packed",
+) -> tuple[Row, ...]:
     """A decoder linear as the bf16 checkpoints and as packed ones store it; packed ones always have a bias."""
     return (
-        Row(f"{name}.weight", f"{outputs} {inputs}", when="plain"),
-        Row(f"{name}.qweight", f"{inputs}/w {outputs}", kind="packed", when="packed"),
-        Row(f"{name}.qzeros", f"{inputs}/g {outputs}/w", kind="packed", when="packed"),
-        Row(f"{name}.scales", f"{inputs}/g {outputs}", kind="scale", when="packed"),
-        Row(f"{name}.g_idx", inputs, kind="packed", when="packed"),
-        Row(f"{name}.bias", outputs, when="always" if biased else "packed"),
+        Row(f"{name}.weight", f"{outputs} {inputs}", when=plain),
+        Row(f"{name}.qweight", f"{inputs}/w {outputs}", kind="packed", when=packed),
+        Row(f"{name}.qzeros", f"{inputs}/g {outputs}/w", kind="packed", when=packed),
+        Row(f"{name}.scales", f"{inputs}/g {outputs}", kind="scale", when=packed),
+        Row(f"{name}.g_idx", inputs, kind="packed", when=packed),
+        Row(f"{name}.bias", outputs, when="always" if biased else packed),
     )
 
 
@@ -161,7 +169,7 @@ TABLE = (
         ),
     ),
     Section("transformer.", "decoder.", (Row("ln_f.weight", "C"),)),
-    Section("", "decoder.", (Row("lm_head.weight", "V C"),)),
+    Section("", "decoder.", _linear("lm_head", "V", "C", plain="plain head", packed="packed head")),
 )
 
 # Causal masks and rotary frequencies that older checkpoints carry: constants that the model computes itself.
@@ -206,7 +214,7 @@ def _sizes(config: QwenVLConfig) -> dict[str, int]:
     sizes |= {"W": vision.width, "3W": 3 * vision.width, "M": vision.mlp_width}
     sizes |= {"Q": vision.n_queries, "P": vision.patch_size, "R": REFERENCE_GRID**2}
     if (quantization := config.quantization_config) is not None:
-        for letter in ("C", "3C", "F"):
+        for letter in ("C", "3C", "F", "V"):
             sizes[f"{letter}/w"] = sizes[letter] // quantization.per_word
             sizes[f"{letter}/g"] = quantization.groups(sizes[letter])
     return sizes
@@ -214,18 +222,15 @@ def _sizes(config: QwenVLConfig) -> dict[str, int]:
 
 def _expand(config: QwenVLConfig) -> Iterator[Entry]:
     quantization, sizes = config.quantization_config, _sizes(config)
-    if quantization is not None and (
-        config.hidden_size % quantization.per_word or config.mlp_width % quantization.per_word
-    ):
-        raise ConfigError(
-            f"{quantization.per_word} values of {quantization.bits} bits go into a word: hidden_size "
-            f"{config.hidden_size} and half of intermediate_size {config.intermediate_size} must be multiples of "
-            f"{quantization.per_word}"
-        )
+    if quantization is not None:
+        _check_words(config, quantization)
+    head = quantization is not None and quantization.lm_head
     holds = {
         "always": True,
         "plain": quantization is None,
         "packed": quantization is not None,
+        "plain head": not head,
+        "packed head": head,
         "widths differ": config.visual.width != config.visual.output_dim,
     }
     for section in TABLE:
@@ -240,6 +245,20 @@ def _expand(config: QwenVLConfig) -> Iterator[Entry]:
                     yield Entry(prefix + row.name, our_prefix + ours, shape, our_shape, row.op, row.kind)
 
 
+def _check_words(config: QwenVLConfig, quantization: QuantizationConfig) -> None:
+    per_word = quantization.per_word
+    if config.hidden_size % per_word or config.mlp_width % per_word:
+        raise ConfigError(
+            f"{per_word} values of {quantization.bits} bits go into a word: hidden_size {config.hidden_size} and half "
+            f"of intermediate_size {config.intermediate_size} must be multiples of {per_word}"
+        )
+    if quantization.lm_head and config.vocab_size % per_word:
+        raise ConfigError(
+            f"{per_word} values of {quantization.bits} bits go into a word: a packed head needs a vocab_size that is a "
+            f"multiple of {per_word}, not {config.vocab_size}"
+        )
+
+
 def _per_layer(template: str, config: QwenVLConfig) -> list[str]:
     if "{i}" in template:
         return [template.replace("{i}", str(i)) for i in range(config.num_hidden_layers)]
@@ -252,8 +271,8 @@ def _per_layer(template: str, config: QwenVLConfig) -> list[str]:
 def entries(config: QwenVLConfig) -> tuple[Entry, ...]:
     """Every tensor of a checkpoint with this configuration, image to logits, layer by layer.
 
-    Packed names are there if and only if the configuration has a `quantization_config`. Raises ConfigError for sizes
-    that cannot be packed.
+    Packed names are there if and only if the configuration has a `quantization_config`, the head's if that says so.
+    Raises ConfigError for sizes that cannot be packed.
     """
     return tuple(_expand(config))
 

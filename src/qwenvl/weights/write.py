@@ -1,7 +1,8 @@
 """Write checkpoint folders that are whole or not there: shard by shard, resumable, renamed at the end.
 
-    write_folder   tensors that are read as they are written (conversion)
-    save           tensors in memory, in our layout (a model that was made or trained here)
+    write_folder        tensors that are read as they are written (conversion)
+    save                tensors in memory, in our layout (a model that was made or trained here)
+    check_destination   refuse early what would be refused at the end
 
 A folder grows as `<destination>.partial`. Each file in it is written under a temporary name, flushed to the disk and
 renamed, so that a file with its final name is complete; the folder gets its own final name last. To continue a run that
@@ -86,9 +87,9 @@ def write_folder(
     destination = Path(os.path.abspath(destination))
     shards = _plan(specs, METADATA[layout], max_shard_bytes)
     small = {**side_files, INDEX_FILE: _index(specs, shards)}
-    partial = destination.parent / f"{destination.name}.partial"
+    partial = _partial(destination)
     try:
-        if destination.exists() and not _is_empty_folder(destination):
+        if _is_in_use(destination):
             if _is_finished(destination, shards, small, read):
                 return False
             raise CheckpointError(f"{destination} exists and holds something else; remove it or name another folder")
@@ -138,6 +139,32 @@ def save(
         max_shard_bytes=max_shard_bytes,
         quiet=quiet,
     )
+
+
+def check_destination(destination: str | Path, size: int) -> None:
+    """Before long work, refuse what `write_folder` would refuse after it; `size` is what is to be written, in bytes.
+
+    Nothing is made on the disk. Raises CheckpointError for a destination that is in use, whatever it holds, that cannot
+    be written, or whose disk has no room.
+    """
+    destination = Path(os.path.abspath(destination))
+    partial = _partial(destination)
+    try:
+        if _is_in_use(destination):
+            raise CheckpointError(f"{destination} exists already; remove it or name another folder")
+        above = _above(partial)
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise CheckpointError(f"cannot write {destination}: {above} is not a folder that you may write into")
+        if partial.is_dir():
+            _refuse_foreign(partial)
+        _check_room(partial, size)
+    except OSError as error:
+        raise _explained(error, destination, partial) from None
+
+
+def _partial(destination: Path) -> Path:
+    """Where a folder grows until it is whole."""
+    return destination.parent / f"{destination.name}.partial"
 
 
 def _plan(specs: Mapping[str, Spec], metadata: dict[str, str], max_shard_bytes: int) -> list[_Shard]:
@@ -215,6 +242,10 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def _is_in_use(destination: Path) -> bool:
+    return destination.exists() and not _is_empty_folder(destination)
+
+
 def _is_finished(folder: Path, shards: list[_Shard], small: Mapping[str, bytes], read: Reader) -> bool:
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != {*small, *(shard.file for shard in shards)}:
         return False
@@ -225,27 +256,36 @@ def _is_finished(folder: Path, shards: list[_Shard], small: Mapping[str, bytes],
 
 def _sweep(partial: Path, planned: set[str]) -> None:
     """Remove what an earlier, different or killed run left; refuse a folder that is not such a run's."""
-    left = sorted(path.name for path in partial.iterdir() if path.name not in planned)
-    names = {name: name.removesuffix(TEMPORARY) for name in left}
+    _refuse_foreign(partial)
+    for path in [path for path in partial.iterdir() if path.name not in planned]:
+        path.unlink()
+
+
+def _refuse_foreign(partial: Path) -> None:
+    names = {path.name: path.name.removesuffix(TEMPORARY) for path in sorted(partial.iterdir())}
     foreign = [
         n for n, name in names.items() if name not in (*SIDE_FILES, INDEX_FILE) and not _SHARD_NAME.fullmatch(name)
     ]
     if foreign:
         raise CheckpointError(f"{partial} holds files that are not a conversion's ({few(foreign)}); move them away")
-    for name in left:
-        (partial / name).unlink()
+
+
+def _above(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(folder for folder in path.parents if folder.exists())
 
 
 def _check_room(partial: Path, wanted: int) -> None:
     """Before the first byte: is there room for what is not there yet?"""
-    wanted -= sum(path.stat().st_size for path in partial.iterdir())
-    free = shutil.disk_usage(partial).free
+    wanted -= sum(path.stat().st_size for path in partial.iterdir()) if partial.is_dir() else 0
+    above = _above(partial)
+    free = shutil.disk_usage(above).free
     if free < wanted:
         if _is_empty_folder(partial):
             partial.rmdir()
         raise CheckpointError(
-            f"{partial.parent} has {free / 1e9:.3f} GB free and {wanted / 1e9:.3f} GB are needed; free some room or "
-            "name a folder on another disk"
+            f"{above} has {free / 1e9:.3f} GB free and {wanted / 1e9:.3f} GB are needed; free some room or name a "
+            "folder on another disk"
         )
 
 
