@@ -28,10 +28,13 @@ class Stepper:
 
     On CUDA the result is the graph's own memory: the next call writes over it. Everywhere else, and in training mode,
     a step is the model's `forward`. A Stepper is for the cache and the weights that it was made with, where they are.
+
+    `step` is what is captured: `Decoder.step`, or a function that computes the same.
     """
 
     def __init__(self, model: QwenVL, cache: KVCache) -> None:
         self.model, self.cache = model, cache
+        self.step: Callable[[Tensor, KVCache], Tensor] = model.decoder.step
         self.captures = cache.keys.is_cuda and not model.training
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None  # memory that the graphs share, since only one runs at a time
@@ -61,12 +64,12 @@ class Stepper:
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
-            self.model.decoder.step(self._ids, view)
+            self.step(self._ids, view)
         torch.cuda.current_stream(device).wait_stream(aside)
         self.cache.lengths.copy_(lengths)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self.model.decoder.step(self._ids, view)
+            logits = self.step(self._ids, view)
         self._pool = graph.pool()
 
         def replay() -> Tensor:

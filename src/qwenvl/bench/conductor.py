@@ -1,6 +1,5 @@
 """Which jobs a benchmark has, in which order, and with how much time.
 
-Subject     one kind of weights
 Request     what to measure
 conduct     do it, and let the report know
 """
@@ -11,42 +10,27 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..config import QwenVLConfig
 from ..errors import ConfigError
-from ..training.memory import weight_bytes
+from ..loading import DTYPES
 from .figures import Event, Facts, Figure, Missing
-from .jobs import Job, Kind
-from .plan import GRACE, Budget, Plan
-from .processes import run_apart, run_here
+from .jobs import Job, Kind, Weights, run_apart, run_here
+from .plan import GRACE, IN_A_MODEL, Budget, Plan
 from .report import Report
-from .roofline import limits_from
+from .roofline import Limits, weight_bytes
 
-# By which jobs share the time: the device, each model, each start-up, the comparison. Of two kinds of weights the first
-# is the wider one, which takes longer.
-DEVICE, MODELS, START_UPS, COMPARISON = 10, (48, 36), (32, 22), 25
+# Seconds of a full run, by which jobs share the time. Of two kinds of weights the first is the wider one, which takes
+# longer. What the bars are about comes first, and what it does not use is left for the comparisons.
+DEVICE, MODELS, START_UPS, TRANSFORMERS, COMPILE = 12, (108, 85), (55, 35), 75, (50, 40)
 WRITING, STARTING = 3, 1  # the parts of a start-up
 IN_MEMORY = Path("/dev/shm")  # a folder that is page cache and nothing else, on Linux
 SPARE = 1.1  # room that a folder must have for a checkpoint
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Weights to measure: a checkpoint's `folder`, or random ones of this configuration if that is empty."""
-
-    config: QwenVLConfig
-    folder: str = ""
-
-    def name(self, dtype: str) -> str:
-        """What figures call it: the bits of packed weights, else the dtype."""
-        packed = self.config.quantization_config
-        return dtype if packed is None else f"int{packed.bits}"
+LEAST = 5.0  # seconds that must be left for a job to begin
 
 
 @dataclass(frozen=True)
@@ -54,115 +38,106 @@ class Request:
     """What to measure. dtype may be "auto". Small models need no processes of their own (`apart`)."""
 
     plan: Plan
-    subjects: tuple[Subject, ...]
+    weights: tuple[Weights, ...]
     device: str
     dtype: str
     apart: bool
-    quiet: bool
 
 
 def conduct(request: Request, report: Report) -> None:
     """Measure it all; the report has what came of it. Raises ConfigError for a device that is not there."""
-    plan, session = request.plan, _Session(request, report)
-    steps: list[tuple[float, Callable[[float], None]]] = [(DEVICE, session.measure_device)]
-    for share, subject in zip(MODELS, request.subjects, strict=False):
-        steps.append((share, partial(session.measure_model, subject)))
-    for share, subject in zip(START_UPS, request.subjects, strict=False):
-        if "start-up" in plan.parts:
-            steps.append((share, partial(session.start_up, subject)))
-    there = importlib.util.find_spec("transformers") is not None
-    if "transformers" in plan.parts and there:
-        steps.append((COMPARISON, session.compare))
+    plan, conductor = request.plan, _Conductor(request, report)
+    steps: list[tuple[float, Callable[[float], None]]] = [(DEVICE, conductor.measure_device)]
+    for part, shares, do in (
+        (set(IN_A_MODEL), MODELS, partial(conductor.run, "model")),
+        ({"start-up"}, START_UPS, conductor.start_up),
+    ):
+        if part & set(plan.parts):
+            steps += [(share, partial(do, weights)) for share, weights in zip(shares, request.weights, strict=False)]
+    if "transformers" in plan.parts:
+        steps.append((TRANSFORMERS, conductor.compare))
+    if "compile" in plan.parts:
+        steps += [
+            (share, partial(conductor.run, "compile", weights))
+            for share, weights in zip(COMPILE, request.weights, strict=False)
+        ]
     budget = Budget(plan.seconds, [share for share, _ in steps])
-    session.left = lambda: budget.left + GRACE
+    conductor.left = lambda: budget.left
     for _, step in steps:
         step(budget.share())
-    if "transformers" in plan.parts and not there:
-        report.add(Missing("transformers", "transformers", "it is not installed here", failed=False))
 
 
 @dataclass
-class _Session:
+class _Conductor:
     request: Request
     report: Report
     dtype: str = ""
-    device_figures: list[Figure] = field(default_factory=list)
-    left: Callable[[], float] = lambda: GRACE  # seconds after which no process may run
+    rates: dict[str, float] = field(default_factory=dict)  # the device's, by unit
+    left: Callable[[], float] = lambda: 0.0  # seconds
 
     def measure_device(self, seconds: float) -> None:
         """Its facts and limits; without these there are no fractions, without the device there is nothing."""
-        for event in self._run("device", seconds, subject="device", dtype=self.request.dtype):
+        for event in self._events("device", self.request.weights[0], seconds):
             if isinstance(event, Missing) and not self.report.about:
                 raise ConfigError(event.reason)
             if isinstance(event, Facts):
-                self.dtype = self._dtype(event)
-                event = Facts({**event.about, "dtype": self.dtype})
+                self.dtype = str(event.about["dtype"])
             if isinstance(event, Figure):
-                self.device_figures.append(event)
+                self.rates[event.unit] = max(event.value, self.rates.get(event.unit, 0.0))
             self.report.add(event)
 
-    def measure_model(self, subject: Subject, seconds: float) -> None:
-        """All parts that need no more than a loaded model."""
-        for event in self._run("model", seconds, **self._about(subject)):
+    def run(self, kind: Kind, weights: Weights, seconds: float) -> None:
+        """One job, all of whose events are for the report."""
+        for event in self._events(kind, weights, seconds):
             self.report.add(event)
 
-    def start_up(self, subject: Subject, seconds: float) -> None:
+    def start_up(self, weights: Weights, seconds: float) -> None:
         """From a new process to its first token, from a checkpoint in the page cache: random weights are written."""
-        about, budget = self._about(subject), Budget(seconds, [WRITING, STARTING])
-        if subject.folder:
-            self._start(about, seconds, {})
+        if weights.folder:
+            self._start(weights, seconds)
             return
-        needed = SPARE * weight_bytes(subject.config, WIDTHS[self.dtype])
+        budget = Budget(seconds, [WRITING, STARTING])
+        needed = SPARE * weight_bytes(weights.config, DTYPES[self.dtype].itemsize)
         roomy = IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > needed
         with tempfile.TemporaryDirectory(prefix="qwenvl-bench-", dir=IN_MEMORY if roomy else None) as temporary:
-            about["folder"] = os.path.join(temporary, "checkpoint")
-            for event in self._run("write", budget.share(), **about):
-                if isinstance(event, Missing):
-                    self.report.add(event)
-                    return
+            written = replace(weights, folder=os.path.join(temporary, "checkpoint"))
+            for event in self._events("write", written, budget.share()):
                 if isinstance(event, Facts):
-                    self._start(about, budget.share(), event.about)
+                    layers, wanted = event.about["layers"], event.about["layers_wanted"]
+                    note = "" if layers == wanted else f"{layers} of {wanted} decoder layers: no room or time for more"
+                    self._start(written, budget.share(), note)
+                else:
+                    self.report.add(event)
 
     def compare(self, seconds: float) -> None:
         """`transformers` at the same shape."""
-        subject = self.request.subjects[0]
-        about = {**self._about(subject), "subject": "transformers", "folder": ""}
-        for event in self._run("transformers", seconds, **about):
-            self.report.add(event)
+        if importlib.util.find_spec("transformers") is None:
+            self.report.add(Missing("transformers", "transformers", "it is not installed here", failed=False))
+        else:
+            self.run("transformers", replace(self.request.weights[0], folder=""), seconds)
 
-    def _start(self, about: dict[str, Any], seconds: float, written: dict[str, str | int]) -> None:
-        layers, wanted = written.get("layers", 0), written.get("layers_wanted", 0)
-        note = (
-            "" if layers == wanted else f"with {layers} of {wanted} decoder layers: there was no room or time for more"
-        )
-        for event in self._run("start", seconds, **about):
+    def _start(self, weights: Weights, seconds: float, note: str = "") -> None:
+        begin = time.perf_counter()
+        for event in self._events("start", weights, seconds):
             if isinstance(event, Figure):
-                event = replace(event, note=note, whole=not note, details={**event.details, **written})
+                value = round(time.perf_counter() - begin, 3)
+                event = replace(event, value=value, note=note, whole=not note)
             self.report.add(event)
 
-    def _run(self, kind: Kind, seconds: float, **about: Any) -> Iterator[Event]:  # noqa: ANN401 - fields of a Job
-        request = self.request
-        job = Job(kind, request.plan, request.device, seconds=seconds, quiet=request.quiet, **about)
-        run = run_apart if request.apart or kind == "start" else run_here
-        yield from run(job, min(seconds + GRACE, self.left()))
-
-    def _dtype(self, facts: Facts) -> str:
-        """What is computed in; on a CPU float32 if that fits into the memory, as `load` has it."""
-        if self.request.dtype != "auto":
-            return self.request.dtype
-        widest = max(weight_bytes(subject.config, WIDTHS["float32"]) for subject in self.request.subjects)
-        if facts.about["kind"] == "cpu" and widest < int(facts.about["memory_bytes"]):
-            return "float32"
-        return str(facts.about["dtype"])
-
-    def _about(self, subject: Subject) -> dict[str, Any]:
-        """What a job is told of its weights, and of the device's limits."""
-        limits = limits_from(self.device_figures, self.dtype)
-        return {
-            "subject": subject.name(self.dtype),
-            "config": subject.config.to_dict(),
-            "folder": subject.folder,
-            "dtype": self.dtype,
-            "bytes_per_second": limits.bytes_per_second,
-            "flops_per_second": limits.flops_per_second,
-        }
+    def _events(self, kind: Kind, weights: Weights, seconds: float) -> Iterator[Event]:
+        request, rates = self.request, self.rates
+        job = Job(
+            kind,
+            request.plan,
+            weights,
+            request.device,
+            self.dtype or request.dtype,
+            exact=request.dtype != "auto",
+            limits=Limits(1e9 * rates.get("GB/s", 0.0), 1e12 * rates.get("TFLOP/s", 0.0)),
+            seconds=seconds,
+        )
+        if self.left() < LEAST:
+            yield job.missing("there was no time left")
+            return
+        apart = request.apart or kind == "start"
+        yield from (run_apart if apart else run_here)(job, min(seconds, self.left()) + GRACE)

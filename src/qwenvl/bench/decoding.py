@@ -1,6 +1,6 @@
 """Decoding through the loop that users get, `generation.decode.decode`, greedy, with a clock beside it.
 
-TimedStepper    steps, whose captures are timed apart
+TimedStepper    steps, whose captures are timed apart; compiled by `torch.compile`, if asked for
 Stretch         some steps of a run, and how long they took
 stretch         decode so many tokens
 longest_run     as many tokens of a run as there is time for
@@ -8,13 +8,14 @@ longest_run     as many tokens of a run as there is time for
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..adapt.capture import BUCKET, Stepper
 from ..generation.decode import decode
@@ -29,18 +30,34 @@ CAUTION = 1.15  # by how much a run may take longer than its first steps promise
 
 
 class TimedStepper(Stepper):
-    """A Stepper that counts its captures and the seconds that they took."""
+    """A Stepper that counts its captures and the seconds that they took.
 
-    def __init__(self, model: QwenVL, cache: KVCache, device: Device) -> None:
+    With `backend`, one of `torch.compile`'s, what is captured was compiled by it, as one graph of operations; on a CPU
+    the compiled step is then called where a GPU replays it.
+    """
+
+    def __init__(self, model: QwenVL, cache: KVCache, device: Device, *, backend: str = "") -> None:
         super().__init__(model, cache)
         self.device, self.captured, self.capture_seconds = device, 0, 0.0
+        if backend:
+            self.step = torch.compile(self.step, backend=backend, fullgraph=True, dynamic=False)
+            self.captures = True
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
         begin = self.device.now()
-        replay = super()._capture(bucket)
+        replay = super()._capture(bucket) if self.cache.keys.is_cuda else self._called(bucket)
         self.capture_seconds += self.device.now() - begin
         self.captured += 1
         return replay
+
+    def _called(self, bucket: int) -> Callable[[], Tensor]:
+        view, lengths = self.cache.bucket(bucket), self.cache.lengths.clone()
+        with torch.no_grad():
+            self.model.decoder.step(self._ids, view)  # packed weights choose and pack before they can be compiled
+            self.cache.lengths.copy_(lengths)
+            self.step(self._ids, view)
+        self.cache.lengths.copy_(lengths)
+        return partial(self.step, self._ids, view)
 
 
 @dataclass(frozen=True)
@@ -69,12 +86,10 @@ class Stretch:
         return self.begin + (self.steps + 1) / 2
 
 
-def stretch(
-    stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, *, seconds: float, name: str = ""
-) -> Stretch:
+def stretch(stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, *, seconds: float) -> Stretch:
     """Decode `steps` + 1 tokens behind a prefilled prompt: its ids `history` [B,T] and the logits [B,V] that follow it.
 
-    Ends early after `seconds`. A bar called `name` shows tokens and their rate on a terminal.
+    Ends early after `seconds`.
     """
     cache, device, config = stepper.cache, stepper.device, stepper.model.config
     begun, graphs, before = int(cache.host_lengths[0]), stepper.captured, stepper.capture_seconds
@@ -88,11 +103,10 @@ def stretch(
         stepper=stepper,
     )
     read, begin = 0, device.now()
-    bar = tqdm(desc=name, total=steps + 1, unit="token", leave=False, disable=None if name else True)
-    with closing(stream), bar:  # type: ignore[type-var]
+    with warnings.catch_warnings(), closing(stream):  # type: ignore[type-var]
+        warnings.simplefilter("ignore")  # steps that are taken back in a row whose prompt was skipped to: its alpha
         for _ in stream:
             read += 1
-            bar.update()
             if device.clock() - begin > seconds:
                 break
         taken = device.clock() - begin  # the last token has been waited for
@@ -101,15 +115,14 @@ def stretch(
 
 
 def longest_run(
-    stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, *, seconds: float, most: int, name: str
+    stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, *, seconds: float, most: int
 ) -> tuple[Stretch, Stretch]:
     """The first steps of a run of `steps` behind a prefilled prompt, and the run, or what there is time for of it.
 
     What does not fit into `seconds`, or is more than `most` steps (0: no limit), is cut at both ends: attention takes
     longer with every token, and the middle of the run takes what the run does on average.
     """
-    cache, prompt = stepper.cache, int(stepper.cache.host_lengths[0])
-    clock = stepper.device.clock
+    cache, prompt, clock = stepper.cache, int(stepper.cache.host_lengths[0]), stepper.device.clock
     begin = clock()
 
     def probe() -> Stretch:
@@ -121,14 +134,13 @@ def longest_run(
     left = seconds - (clock() - begin)
     each = first.capture_seconds / max(first.graphs, 1)
     captures = each * (steps // BUCKET) if stepper.captures else 0.0
-    fit = (
-        steps if CAUTION * steps * second.step_seconds + captures <= left else int(left / second.step_seconds / CAUTION)
-    )
+    promised = CAUTION * second.step_seconds
+    fit = steps if steps * promised + captures <= left else int(left / promised)
     fit = min(max(fit, FEWEST), most or steps, steps)
     if fit < steps:
         skip_to(cache, prompt + (steps - fit) // 2)
-    run = stretch(stepper, logits, history, fit, seconds=max(left, CAUTION * FEWEST * second.step_seconds), name=name)
-    return first, Stretch(run.begin, run.steps, steps, run.seconds, run.graphs, run.capture_seconds)
+    run = stretch(stepper, logits, history, fit, seconds=max(left, FEWEST * promised))
+    return first, replace(run, wanted=steps)
 
 
 def skip_to(cache: KVCache, length: int) -> None:

@@ -1,7 +1,8 @@
-"""The machine that is measured: its clock, its memory, its name.
+"""The machine that is measured: its clock, its memory, its name, and the most that it can do.
 
-Device    waits for the device before it looks at the clock
-timed     the median of repeats, and the first call apart
+Device          waits for the device before it looks at the clock
+timed           the median of repeats, and the first call apart
+measure_limits  how fast its memory copies and is read, how fast it multiplies matrices
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..loading import free_memory
+from .figures import Figure
+from .plan import Plan
+
+SHORTEST = 0.01  # seconds that are timed at once, so that looking at the clock is none of it
+REPEATS, SECONDS = 9, 1.0  # of each limit
+CPU_SIDE = 2048  # of the matrices there, where larger ones are multiplied no faster
 
 
 class Device:
@@ -35,29 +43,28 @@ class Device:
         return self.clock()
 
     def release(self) -> None:
-        """Give back all memory that nothing refers to, so that what is done next finds it as a fresh process does."""
+        """Give back all memory that nothing refers to, and let `peak` begin anew."""
         gc.collect()
         if self.torch.type == "cuda":
             torch.cuda.empty_cache()
-
-    def forget_peak(self) -> None:
-        """Let `peak` begin anew."""
-        if self.torch.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch)
 
-    def peak(self) -> int:
-        """Most bytes allocated since `forget_peak`, weights included; 0 where torch does not count them (not CUDA)."""
-        return torch.cuda.max_memory_allocated(self.torch) if self.torch.type == "cuda" else 0
+    def peak(self) -> tuple[int, int] | None:
+        """Most bytes allocated, and reserved for that, since `release`, weights included; None where torch does not
+        count them (not CUDA).
+        """
+        if self.torch.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.torch), torch.cuda.max_memory_reserved(self.torch)
 
     def free(self) -> int:
-        """Bytes that can still be allocated, as far as the system says."""
+        """Bytes that can still be allocated, as far as the system says; 0 where it does not."""
         if self.torch.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.torch)
-            return free + torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+            return torch.cuda.mem_get_info(self.torch)[0]
         return free_memory() or 0
 
     def describe(self) -> dict[str, str | int]:
-        """Name, memory, software, and `dtype`: what "auto" means here."""
+        """Name, memory, software, and `dtype`: the 16 bits that are fastest here."""
         about: dict[str, str | int] = {"torch": torch.__version__, "python": platform.python_version()}
         if self.torch.type == "cuda":
             properties = torch.cuda.get_device_properties(self.torch)
@@ -102,12 +109,43 @@ def timed(run: Callable[[], object], device: Device, *, runs: int, seconds: floa
     return Timing(first, statistics.median(taken), len(taken))
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what torch raises where there is no memory left; on a CPU, and in CUDA's own calls, a
-    RuntimeError.
+@torch.no_grad()
+def measure_limits(device: Device, plan: Plan, dtype: torch.dtype) -> Iterator[Figure]:
+    """Bytes and operations in a second. Takes a quarter of the free memory at most.
+
+    A decoding step reads all weights and writes next to nothing, so reading is what limits it. A sum over a large
+    tensor reads and does little else, but no such kernel is sure to be the fastest; a copy, whose bytes count twice,
+    read and written, is the usual measure. Figures are held against the greater of the two.
     """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    told = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(sign in told for sign in signs)
+    size = min(plan.copied_bytes, device.free() // 8 or plan.copied_bytes)
+    source = torch.randn(size // 4, device=device.torch)
+    target = torch.empty_like(source)
+    for name, moved, run in (
+        ("memory copy, read and written", 2 * source.nbytes, partial(target.copy_, source)),
+        ("memory read, a sum", source.nbytes, partial(torch.sum, source)),
+    ):
+        yield Figure("device", "device", name, round(moved / _seconds(run, device) / 1e9, 2), "GB/s")
+    del source, target, run
+    device.release()
+    side = plan.matmul_side if device.torch.type == "cuda" else min(plan.matmul_side, CPU_SIDE)
+    left, right = (torch.randn(side, side, device=device.torch).to(dtype) for _ in range(2))
+    rate = 2 * side**3 / _seconds(partial(torch.mm, left, right, out=torch.empty_like(left)), device) / 1e12
+    name = f"{name_of(dtype)} matrix product, {side} x {side}"
+    yield Figure("device", "device", name, round(rate, 4), "TFLOP/s")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as people write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _seconds(run: Callable[[], object], device: Device) -> float:
+    """Of one call: the median over blocks of calls, each of some hundredths of a second."""
+    once = timed(run, device, runs=3, seconds=SECONDS).median
+    calls = max(1, round(SHORTEST / max(once, 1e-6)))
+
+    def block() -> None:
+        for _ in range(calls):
+            run()
+
+    return timed(block, device, runs=REPEATS, seconds=SECONDS).median / calls

@@ -1,28 +1,34 @@
-"""What a benchmark says: numbers with their units and limits, and what could not be measured.
+"""What a benchmark says, and what its numbers are held against.
 
 Figure    one number
 Missing   one that there is none of, and why
-Facts     about the device
-to_line, from_line    any of these as one line of JSON, from one process to another
+Facts     about the device, or a checkpoint
+Target    the published number, the bar and the aim of a figure
+
+The published figures are the README's of Qwen-VL: A100-SXM4-80G, PyTorch 2.0.1, `transformers`. The bars and aims are
+this project's, for an H100 of 80 GB with a copy bandwidth of about 3.0 TB/s; only there does a figure pass or not.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-RATES = ("tok/s", "TB/s", "GB/s", "TFLOP/s")  # more is better; of any other unit, less is
+from ..config import QwenVLConfig
+from ..training.memory import QWEN_VL
+
+RATES = ("tok/s", "GB/s", "TFLOP/s")  # more is better; of any other unit, less is
+BARS_ON = "H100"
 
 
 @dataclass(frozen=True)
 class Figure:
     """One measured number.
 
-    part: one of PARTS, or "device". subject: what it was measured on, such as "bfloat16" or "int4". limit: what the
-    device could do at best, in the same unit; 0 if that is not known, or the figure has none. limited_by: "memory" or
-    "matmul". warm_up: seconds of what went before and is not counted: first calls, captured graphs. note: for people.
-    details: what else the run says, names with their units. whole: false where the run was cut to the time that there
+    part: one of PARTS, "device" or "weights". subject: what it was measured on, such as "bfloat16" or "int4". limit:
+    what the device could do at best, in the same unit; 0 if that is not known, or the figure has none. limited_by:
+    "memory" or "matmul". warm_up: seconds of what went before and is not counted: first calls, captured graphs. note:
+    for people. details: what else the run says. whole: false where the run was cut to the time or the room that there
     was; no bar is passed or missed then.
     """
 
@@ -61,32 +67,52 @@ class Missing:
     reason: str
     failed: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON object."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Facts:
-    """About the machine: `device`, `memory_bytes`, `torch`, ... and `dtype`, what "auto" means there."""
+    """About the machine: `device`, `memory_bytes`, `torch`, `dtype`, ...; or about a checkpoint that was written."""
 
     about: dict[str, str | int]
 
 
-Event = Figure | Missing | Facts
-_KINDS = {"figure": Figure, "missing": Missing, "facts": Facts}
+Event = Figure | Missing | Facts | str  # a str says what is being measured
 
 
-def to_line(event: Event) -> str:
-    """One line of JSON."""
-    (kind,) = (name for name, known in _KINDS.items() if type(event) is known)
-    return json.dumps({"event": kind, **asdict(event)})
+@dataclass(frozen=True)
+class Target:
+    """In the figure's unit; 0 where there is none. A bar is the least that must be shown, an aim what we hope for."""
+
+    published: float = 0.0
+    bar: float = 0.0
+    aim: float = 0.0
+
+    def passed(self, figure: Figure) -> bool:
+        """Whether the figure reaches the bar."""
+        return figure.value >= self.bar if figure.unit in RATES else figure.value <= self.bar
 
 
-def from_line(line: str) -> Event | None:
-    """The event in a line; None if it is not one (libraries print, too)."""
-    if not line.startswith('{"event": '):
-        return None
-    data = json.loads(line)
-    event: Event = _KINDS[data.pop("event")](**data)
-    return event
+ENCODE, PREFILL, START = Target(bar=9), Target(bar=55), Target(bar=15)
+TARGETS = {
+    ("bfloat16", "encode one image"): ENCODE,
+    ("bfloat16", "prefill 2048 with an image"): PREFILL,
+    ("bfloat16", "decode 1792"): Target(28.87, 128, 170),
+    ("bfloat16", "decode 7934"): Target(24.32, 110, 150),
+    ("bfloat16", "peak memory, prefill 2048"): Target(22.60, 20.9),
+    ("bfloat16", "peak memory, decode 1792"): Target(bar=20.9),
+    ("bfloat16", "peak memory, decode 7934"): Target(28.01, 24.2),
+    ("bfloat16", "start to first token"): START,
+    ("int4", "encode one image"): ENCODE,
+    ("int4", "prefill 2048 with an image"): PREFILL,
+    ("int4", "decode 1792"): Target(37.79, 190, 340),
+    ("int4", "decode 7934"): Target(34.34, 150, 260),
+    ("int4", "peak memory, prefill 2048"): Target(11.82, 11.4),
+    ("int4", "peak memory, decode 1792"): Target(bar=11.4),
+    ("int4", "peak memory, decode 7934"): Target(17.23, 14.7),
+    ("int4", "start to first token"): START,
+}
+
+
+def target(figure: Figure, config: QwenVLConfig) -> Target:
+    """What a figure of a model of this configuration is held against: nothing, unless it has the published sizes."""
+    sizes = replace(config, quantization_config=None, note=QWEN_VL.note)
+    return TARGETS.get((figure.subject, figure.name), Target()) if sizes == QWEN_VL else Target()

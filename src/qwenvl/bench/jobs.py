@@ -1,8 +1,10 @@
 """What one process does for a benchmark. Each kind of weights is measured in a process of its own.
 
-    Job        what to do, as one line of JSON
-    perform    do it here
-    main       do what the command line says, and print what came of it line by line
+    Weights      a checkpoint, or random ones
+    Job          what to do
+    perform      do it here
+    run_apart    do it in a fresh process, which ends when its time is up
+    run_here     do it in this one, for small models
 
 A process that ends gives all of its memory back, so that a peak is what it says; and one that fails, hangs or crashes
 takes nothing with it but its own figures.
@@ -10,176 +12,218 @@ takes nothing with it but its own figures.
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import torch
+from tqdm import tqdm
 
 from ..config import QwenVLConfig
-from ..errors import QwenVLError
-from .figures import Event, Facts, Figure, Missing, to_line
-from .plan import Plan
-from .roofline import Limits
+from ..loading import DTYPES, choose_device, load
+from ..model.qwenvl import QwenVL
+from .device import Device, measure_limits
+from .figures import Event, Facts, Figure, Missing
+from .measure import Subject, compiled, guarded, measure_model, picture_ids
+from .peers import measure_llama
+from .plan import COMPARISONS, Plan
+from .random_weights import random_model, write_checkpoint
+from .roofline import Limits, weight_bytes
 
-STARTED = time.perf_counter()  # before torch is imported
-Kind = Literal["device", "model", "write", "start", "transformers"]
+NO_LIMITS = Limits()
+LAST_WORDS = 10.0  # seconds in which a process that has said all is to end
+Kind = Literal["device", "model", "write", "start", "transformers", "compile"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to measure: a checkpoint's `folder`, or random ones of this configuration if that is empty."""
+
+    config: QwenVLConfig
+    folder: str = ""
 
 
 @dataclass(frozen=True)
 class Job:
     """One process's part.
 
-    device        the device's facts and limits; the others take those from `bytes_per_second`, `flops_per_second`
-    model         everything that one model is measured on
-    write         a checkpoint of random weights, to `folder`
-    start         load what is in `folder` and say the first token
-    transformers  the comparison
+    device        the device's facts and limits; the others are given those as `limits`
+    model         everything that one loaded model is measured on
+    write         a checkpoint of random weights, to the folder that `weights` names
+    start         load what is in that folder and say the first token
+    transformers  the comparison with it
+    compile       decoding with steps as they are and compiled
 
-    folder: of a checkpoint; empty for random weights of this `config` (as in config.json). dtype: by name; "auto" is
-    for the first kind alone. subject: how the figures call it. seconds: that it may take.
+    dtype: by name; "auto" is for the first kind alone. exact: whether packed weights must keep to that dtype (see
+    `PackedLinear`), as they do in `load` unless its dtype is "auto". seconds: that it may take.
     """
 
     kind: Kind
     plan: Plan
+    weights: Weights
     device: str
     dtype: str = "auto"
-    subject: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
-    folder: str = ""
-    bytes_per_second: float = 0.0
-    flops_per_second: float = 0.0
+    exact: bool = False
+    limits: Limits = NO_LIMITS
     seconds: float = 60.0
-    quiet: bool = False
-
-    def to_line(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_line(cls, line: str) -> Job:
-        """The job in a line."""
-        data = json.loads(line)
-        data["plan"] = Plan.from_dict(data["plan"])
-        return cls(**data)
 
     @property
     def part(self) -> str:
         """The part that is missing when the job fails."""
-        parts = {"device": "device", "model": "weights", "transformers": "transformers"}
-        return parts.get(self.kind, "start-up")
+        return {"model": "weights", "write": "start-up", "start": "start-up"}.get(self.kind, self.kind)
+
+    @property
+    def subject(self) -> str:
+        """How its figures call it: the bits of packed weights, else the dtype."""
+        if self.kind in ("device", "transformers"):
+            return self.kind
+        packed = self.weights.config.quantization_config
+        return self.dtype if packed is None else f"int{packed.bits}"
+
+    def missing(self, reason: str) -> Missing:
+        """Why it has no figures."""
+        return Missing(self.part, self.subject, reason, failed=self.part not in COMPARISONS)
 
 
-def perform(job: Job, clock: Callable[[], float] = time.perf_counter) -> Iterator[Event]:
-    """Do a job: its figures, as they come. A user's mistake is told as missing; a bug raises."""
-    try:
-        yield from _KINDS[job.kind](job, clock)
-    except QwenVLError as error:
-        yield Missing(job.part, job.subject, str(error), failed=True)
+Perform = Callable[[Job], Iterator[Event]]
 
 
-def _device(job: Job, clock: Callable[[], float]) -> Iterator[Event]:
-    import torch
+def perform(job: Job) -> Iterator[Event]:
+    """Do a job: its figures, as they come. What fails is told as missing."""
+    end = time.perf_counter() + job.seconds
+    yield from guarded(job.part, job.subject, lambda: _KINDS[job.kind](job, Device(choose_device(job.device)), end))
 
-    from ..loading import DTYPES, choose_device
-    from .device import Device
-    from .limits import measure
 
-    device = Device(choose_device(job.device), clock)
+def _device(job: Job, device: Device, _: float) -> Iterator[Event]:
     about = device.describe()
+    if job.dtype != "auto":
+        about["dtype"] = job.dtype
+    elif about["kind"] == "cpu" and weight_bytes(job.weights.config, 4) < device.free():  # as `load` has it
+        about["dtype"] = "float32"
     yield Facts(about)
-    dtypes = [DTYPES[str(about["dtype"]) if job.dtype == "auto" else job.dtype]]
-    yield from measure(device, job.plan, [*dtypes, torch.float32] if device.torch.type == "cpu" else dtypes)
+    yield from measure_limits(device, job.plan, DTYPES[str(about["dtype"])])
+    if device.peak() is None:
+        yield Missing("device", "device", f"peak memory: torch does not count it on {about['kind']}", failed=False)
 
 
-def _model(job: Job, clock: Callable[[], float]) -> Iterator[Event]:
-    from ..loading import DTYPES, choose_device, load
-    from .device import Device
-    from .measure import Subject, measure_model
-    from .random_weights import random_model
+def _loaded(job: Job, device: Device) -> QwenVL:
+    if job.weights.folder:
+        return load(job.weights.folder, device.torch, job.dtype if job.exact else "auto", quiet=True).model
+    return random_model(job.weights.config, DTYPES[job.dtype], device, exact=job.exact)
 
-    end = clock() + job.seconds
-    device = Device(choose_device(job.device), clock)
-    tell = _quiet if job.quiet else _tell
-    tell(f"{job.subject}: weights")
-    begin, dtype = device.now(), DTYPES[job.dtype]
-    if job.folder:
-        model = load(job.folder, device.torch, dtype, quiet=job.quiet).model
-    else:
-        model = random_model(QwenVLConfig.from_dict(job.config), dtype, device)
+
+def _model(job: Job, device: Device, end: float) -> Iterator[Event]:
+    yield f"{job.subject}: weights"
+    begin = device.now()
+    model = _loaded(job, device)
     yield Figure("weights", job.subject, "weights in place", round(device.now() - begin, 3), "s")
-    limits = Limits(job.bytes_per_second, job.flops_per_second)
-    yield from measure_model(Subject(model, device, limits, job.subject), job.plan, end - clock(), tell)
+    yield from measure_model(Subject(model, device, job.limits, job.subject), job.plan, end - device.clock())
 
 
-def _write(job: Job, clock: Callable[[], float]) -> Iterator[Event]:
-    from ..loading import DTYPES, choose_device
-    from .device import Device
-    from .random_weights import write_checkpoint
-
-    config = QwenVLConfig.from_dict(job.config)
-    device = Device(choose_device(job.device), clock)
-    (_quiet if job.quiet else _tell)(f"{job.subject}: a checkpoint to start from")
-    begin = clock()
-    written = write_checkpoint(Path(job.folder), config, DTYPES[job.dtype], device, job.seconds)
-    layers = {"layers": written.num_hidden_layers, "layers_wanted": config.num_hidden_layers}
-    yield Facts({**layers, "seconds": round(clock() - begin)})
+def _compile(job: Job, device: Device, end: float) -> Iterator[Event]:
+    yield f"{job.subject}: decoding, compiled"
+    subject = Subject(_loaded(job, device), device, job.limits, job.subject)
+    yield from compiled(subject, job.plan, end - device.clock())
 
 
-def _start(job: Job, clock: Callable[[], float]) -> Iterator[Event]:
-    """Everything that a fresh process does up to its first token; the caller knows when the process was begun."""
-    import torch
-
-    from ..loading import DTYPES, choose_device, load
-
-    imported = clock()
-    pipeline = load(job.folder, choose_device(job.device), DTYPES[job.dtype], quiet=True)
-    loaded = clock()
-    vision = pipeline.config.visual
-    ids = [vision.image_start_id, *[vision.image_pad_id] * vision.n_queries, vision.image_end_id]
-    pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
-    pipeline.generate_ids(torch.tensor([ids]), pixels, max_new_tokens=1)
-    seconds = {"import_s": imported - STARTED, "load_s": loaded - imported, "first_token_s": clock() - loaded}
-    details: dict[str, float | str] = {name: round(value, 3) for name, value in seconds.items()}
-    yield Figure("start-up", job.subject, "start to first token", clock() - STARTED, "s", details=details)
+def _write(job: Job, device: Device, end: float) -> Iterator[Event]:
+    yield f"{job.subject}: a checkpoint to start from"
+    config, folder = job.weights.config, Path(job.weights.folder)
+    written = write_checkpoint(folder, config, DTYPES[job.dtype], device, end - device.clock())
+    yield Facts({"layers": written.num_hidden_layers, "layers_wanted": config.num_hidden_layers})
 
 
-def _transformers(job: Job, clock: Callable[[], float]) -> Iterator[Event]:
-    from ..loading import DTYPES, choose_device
-    from .device import Device
-    from .peers import measure_llama
+def _start(job: Job, device: Device, _: float) -> Iterator[Event]:
+    """Everything that a fresh process does up to its first token; who began it knows how long it took in all."""
+    begin = device.clock()
+    pipeline = load(job.weights.folder, device.torch, job.dtype if job.exact else "auto", quiet=True)
+    loaded = device.now()
+    size = pipeline.config.visual.image_size
+    pipeline.generate_ids(torch.tensor([picture_ids(pipeline.config)]), torch.randn(1, 3, size, size), max_new_tokens=1)
+    spent: dict[str, float | str] = {"load_s": round(loaded - begin, 3)}
+    spent["first_token_s"] = round(device.now() - loaded, 3)
+    yield Figure("start-up", job.subject, "start to first token", device.now() - begin, "s", details=spent)
 
-    (_quiet if job.quiet else _tell)("transformers: Llama of the same shape")
-    device = Device(choose_device(job.device), clock)
-    limits = Limits(job.bytes_per_second, job.flops_per_second)
-    config = QwenVLConfig.from_dict(job.config)
-    yield from measure_llama(config, DTYPES[job.dtype], device, limits, job.plan, job.seconds)
+
+def _transformers(job: Job, device: Device, end: float) -> Iterator[Event]:
+    yield "transformers: Llama of the same shape"
+    left = end - device.clock()
+    yield from measure_llama(job.weights.config, DTYPES[job.dtype], device, job.limits, job.plan, left)
 
 
-_KINDS: dict[Kind, Callable[[Job, Callable[[], float]], Iterator[Event]]] = {
+_KINDS: dict[Kind, Callable[[Job, Device, float], Iterator[Event]]] = {
     "device": _device,
     "model": _model,
     "write": _write,
     "start": _start,
     "transformers": _transformers,
+    "compile": _compile,
 }
 
 
-def _tell(what: str) -> None:
-    print(f"  {what} ...", file=sys.stderr, flush=True)
+def run_here(job: Job, _: float) -> Iterator[Event]:
+    """Do a job in this process, which no limit of time stops."""
+    yield from perform(job)
 
 
-def _quiet(_: str) -> None:
-    pass
+def run_apart(job: Job, limit: float, work: Perform = perform) -> Iterator[Event]:
+    """Do a job in a fresh process: its figures, as they come, and why there are no more if it did not end well.
+
+    It is stopped after `limit` seconds, or where the reader stops. What it prints goes to stderr.
+    """
+    end = time.perf_counter() + limit
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(work, job, sender))
+    process.start()
+    sender.close()  # the process has the only other end: where it is closed, the process has ended
+    try:
+        while True:
+            if not receiver.poll(max(end - time.perf_counter(), 0)):
+                yield job.missing(f"it was stopped after {limit:.0f} s, its time was up")
+                return
+            event: Event | None = receiver.recv()
+            if event is None:
+                process.join(LAST_WORDS)
+                return
+            yield event
+    except EOFError:
+        process.join(LAST_WORDS)
+        code = process.exitcode
+        how = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        yield job.missing(f"its process {how}")
+    finally:
+        _stop(process)
+        receiver.close()
 
 
-def main() -> None:
-    """Do the job that the first argument describes."""
-    for event in perform(Job.from_line(sys.argv[1])):
-        print(to_line(event), flush=True)
+def _work(work: Perform, job: Job, sender: Connection) -> None:
+    """What the process does. In a session of its own, so that whatever it starts can be stopped with it."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    sys.stdout.flush()
+    os.dup2(2, 1)  # the benchmark's own stdout is a table, or one line of JSON
+    tqdm.set_lock(threading.RLock())  # its own lock would be left behind by a process that is stopped
+    for event in work(job):
+        sender.send(event)
+    sender.send(None)
 
 
-if __name__ == "__main__":
-    main()
+def _stop(process: SpawnProcess) -> None:
+    if process.pid is not None and hasattr(os, "killpg"):
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it has ended, or not yet begun
+            process.kill()
+    else:
+        process.kill()
+    process.join()

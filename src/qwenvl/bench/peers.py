@@ -7,22 +7,18 @@ the bias of the first projection, log-n factors, NTK. It is given random ids and
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..config import QwenVLConfig
-from .device import Device
+from .device import Device, name_of
 from .figures import Event, Figure, Missing
-from .limits import name_of
 from .plan import Plan
-from .roofline import Limits
-from .work import stepping
+from .roofline import Limits, stepping
 
-WARM_UP = 8  # tokens
-FEWEST = 8
+FEWEST = 8  # tokens
 
 
 @torch.no_grad()
@@ -34,7 +30,7 @@ def measure_llama(
     Both behind as many ids as a picture takes, prefill included. The static cache's first call, in which it is
     compiled, may take a minute; should it not come back, the process is stopped and what was measured stays.
     """
-    begin = time.perf_counter()
+    begin = device.clock()
     transformers = importlib.import_module("transformers")
     model = _llama(transformers, config, dtype, device)
     prompt = config.visual.n_queries + 2
@@ -58,28 +54,27 @@ def measure_llama(
         least = limits.seconds(work)
         return Figure(
             "transformers",
-            f"transformers {transformers.__version__}",
-            f"Llama, {name}, decode {tokens}",
+            f"transformers {transformers.__version__}, {name_of(dtype)}",
+            f"Llama, {name}, {tokens}",
             round(tokens / taken, 2),
             "tok/s",
             limit=round(1 / least, 2) if least else 0.0,
             limited_by=limits.binding(work),
             warm_up=round(first, 3),
             note="prefill included",
-            details={"dtype": name_of(dtype)},
         )
 
-    first = generate(WARM_UP)
-    each = generate(WARM_UP) / WARM_UP
+    first = generate(FEWEST)
+    each = generate(FEWEST) / FEWEST
     tokens = min(plan.peer_tokens, max(FEWEST, int(seconds / 3 / each)))
     yield figure("generate", tokens, generate(tokens), first)
     # The shapes that are compiled depend on the cache's length: the first call has as many tokens as the second.
     first = generate(tokens, cache_implementation="static")
-    if time.perf_counter() - begin + tokens * each > seconds:
-        yield Missing("transformers", "static cache", f"its first call took {first:.0f} s: no time for another", False)
+    if device.clock() - begin + tokens * each > seconds:
+        reason = f"no time for a second call of the static cache: the first took {first:.0f} s"
+        yield Missing("transformers", "transformers", reason, failed=False)
         return
-    taken = generate(tokens, cache_implementation="static")
-    yield figure("generate with the static cache", tokens, taken, first)
+    yield figure("static cache", tokens, generate(tokens, cache_implementation="static"), first)
 
 
 def _llama(transformers: Any, config: QwenVLConfig, dtype: torch.dtype, device: Device) -> Any:  # noqa: ANN401

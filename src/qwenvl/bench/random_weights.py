@@ -30,18 +30,18 @@ from ..model.qwenvl import QwenVL
 from ..weights.checkpoint import by_columns, dtype_name
 from ..weights.keymap import Entry, entries
 from ..weights.write import Spec, write_folder
-from .device import Device, out_of_memory
-from .work import weight_bytes
+from .device import Device
+from .roofline import weight_bytes
 
 SAMPLE_BYTES = 256 * 2**20  # written to tell how fast the disk is
 ROOM = 0.8  # how much of the disk, of the memory and of the time a checkpoint may take
 SECONDS_PER_BYTE = 1 / 1.5e9  # that making a checkpoint takes beside the disk: drawing, copying to the host
 
 
-def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device) -> QwenVL:
+def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device, *, exact: bool = True) -> QwenVL:
     """A model with random weights, drawn where they stay, so that memory never holds them twice.
 
-    Raises CheckpointError where there is no memory for them.
+    `exact` is that of packed layers. Raises CheckpointError where there is no memory for them.
     """
     torch.manual_seed(0)
 
@@ -57,10 +57,8 @@ def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device) -> Qw
     if free and needed > free:
         raise no_room(config, needed, free)
     try:
-        return build(config, dtype, device.torch, fill)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
+        return build(config, dtype, device.torch, fill, exact=exact)
+    except torch.OutOfMemoryError:
         raise no_room(config, needed, free) from None
 
 
