@@ -26,7 +26,7 @@ from .roofline import Limits, weight_bytes
 
 # Seconds of a full run, by which jobs share the time. Of two kinds of weights the first is the wider one, which takes
 # longer. What the bars are about comes first, and what it does not use is left for the comparisons.
-DEVICE, MODELS, START_UPS, TRANSFORMERS, COMPILE = 12, (108, 85), (55, 35), 75, (50, 40)
+DEVICE, MODELS, START_UPS, TRANSFORMERS, COMPILE = 25, (105, 82), (52, 33), 73, (50, 40)
 WRITING, STARTING = 3, 1  # the parts of a start-up
 IN_MEMORY = Path("/dev/shm")  # a folder that is page cache and nothing else, on Linux
 SPARE = 1.1  # room that a folder must have for a checkpoint

@@ -39,25 +39,30 @@ class TimedStepper(Stepper):
     def __init__(self, model: QwenVL, cache: KVCache, device: Device, *, backend: str = "") -> None:
         super().__init__(model, cache)
         self.device, self.captured, self.capture_seconds = device, 0, 0.0
-        if backend:
+        self.compiled = bool(backend)
+        if self.compiled:
             self.step = torch.compile(self.step, backend=backend, fullgraph=True, dynamic=False)
             self.captures = True
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
         begin = self.device.now()
-        replay = super()._capture(bucket) if self.cache.keys.is_cuda else self._called(bucket)
+        if self.compiled:  # packed weights choose and pack in their first call, which cannot be compiled
+            self._try(self.model.decoder.step, bucket)
+        if self.cache.keys.is_cuda:
+            replay = super()._capture(bucket)
+        else:
+            self._try(self.step, bucket)
+            replay = partial(self.step, self._ids, self.cache.bucket(bucket))
         self.capture_seconds += self.device.now() - begin
         self.captured += 1
         return replay
 
-    def _called(self, bucket: int) -> Callable[[], Tensor]:
-        view, lengths = self.cache.bucket(bucket), self.cache.lengths.clone()
-        with torch.no_grad():
-            self.model.decoder.step(self._ids, view)  # packed weights choose and pack before they can be compiled
-            self.cache.lengths.copy_(lengths)
-            self.step(self._ids, view)
+    @torch.no_grad()
+    def _try(self, step: Callable[[Tensor, KVCache], Tensor], bucket: int) -> None:
+        """Take a step that does not count; the next one writes the same into the cache again."""
+        lengths = self.cache.lengths.clone()
+        step(self._ids, self.cache.bucket(bucket))
         self.cache.lengths.copy_(lengths)
-        return partial(self.step, self._ids, view)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -64,7 +64,8 @@ class Job:
     compile       decoding with steps as they are and compiled
 
     dtype: by name; "auto" is for the first kind alone. exact: whether packed weights must keep to that dtype (see
-    `PackedLinear`), as they do in `load` unless its dtype is "auto". seconds: that it may take.
+    `PackedLinear`), as they do in `load` unless its dtype is "auto". seconds: that it may take, from `begun` on, the
+    wall clock's time when the job was made: starting a process and importing torch count.
     """
 
     kind: Kind
@@ -75,6 +76,7 @@ class Job:
     exact: bool = False
     limits: Limits = NO_LIMITS
     seconds: float = 60.0
+    begun: float = field(default_factory=time.time)
 
     @property
     def part(self) -> str:
@@ -99,7 +101,7 @@ Perform = Callable[[Job], Iterator[Event]]
 
 def perform(job: Job) -> Iterator[Event]:
     """Do a job: its figures, as they come. What fails is told as missing."""
-    end = time.perf_counter() + job.seconds
+    end = time.perf_counter() + job.seconds - (time.time() - job.begun)
     yield from guarded(job.part, job.subject, lambda: _KINDS[job.kind](job, Device(choose_device(job.device)), end))
 
 
