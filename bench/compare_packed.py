@@ -29,8 +29,7 @@ from compare_eager import MID_SIZE, spread
 from torch import nn
 from tqdm import tqdm
 
-from qwenvl.adapt.int4 import Int4Linear
-from qwenvl.adapt.int8 import Int8Linear
+from qwenvl.adapt.int4 import Int4Linear, Int8Linear
 from qwenvl.adapt.layout import columns_first
 from qwenvl.adapt.packed import PackedLinear
 from qwenvl.config import QuantizationConfig
@@ -62,7 +61,7 @@ def packed(model: QwenVL, kind: str) -> QwenVL:
             new.qweight.random_(-(2**31), 2**31 - 1)
             new.qzeros.fill_(0x77777777 if quantization.bits == 4 else 0x7F7F7F7F)
             new.scales.fill_(0.06 / 2**quantization.bits)
-            new.exact = False  # as `load` has it where the dtype is left to it
+            new.arrange()  # as `load` does
             owner, _, name = path.rpartition(".")
             setattr(model.decoder.get_submodule(owner), name, new)
     return model
@@ -84,7 +83,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few runs: does it work at all")
     parser.add_argument("--save", action="store_true", help="append the line to bench/results/compare_packed.jsonl")
     given = parser.parse_args()
-    runs, tokens = (2, 2) if given.quick else (15, 12)
+    runs, tokens = (2, 2) if given.quick else (25, 12)
     config = replace(MID_SIZE, visual=replace(MID_SIZE.visual, layers=1))
     torch.manual_seed(0)
     base = QwenVL(config).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ class PretendedStepper(Stepper):
 
     def __init__(self, model: QwenVL, cache: KVCache) -> None:
         super().__init__(model, cache)
-        self.captures = not model.training
+        self.captures = not model.training and not capture.GRAPHS.failed
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
         view = self.cache.bucket(bucket)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
 from .adapt.fuse import fuse
-from .adapt.int4 import quantize_structure
+from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
+from .adapt.packed_cpu import table_bytes
 from .config import GenerationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
@@ -50,8 +52,7 @@ def load(
             ours, or "tiny", the small checkpoint that comes with the library.
         device: "auto" (CUDA, else MPS, else the CPU) or a torch device.
         dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
-            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16; there, packed
-            weights then round their inputs to bfloat16, for a faster kernel.
+            no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
         revision, cache_dir: of the hub download.
         adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
             model is as fast as without; beside weights in 4 bits, which cannot take it in, it stays by itself.
@@ -66,7 +67,6 @@ def load(
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
     device = choose_device(device)
-    exact = dtype != "auto"
     dtype = _choose_dtype(dtype, device, checkpoint, quiet)
     _check_room(dtype, device, checkpoint)
     # The small files before the large ones: what is wrong with them should not take minutes to be said.
@@ -83,7 +83,12 @@ def load(
         if adapter is not None:
             load_adapter(model, adapter, merge=config.quantization_config is None)
 
-    model = build(config, dtype, device, fill, exact=exact)
+    try:
+        model = build(config, dtype, device, fill, quiet=quiet)
+    except torch.OutOfMemoryError as error:  # there was room at first: it lies in pieces, or was taken meanwhile
+        traceback.clear_frames(error.__traceback__)  # which hold what was loaded
+        torch.cuda.empty_cache()
+        raise _no_room(dtype, device, checkpoint) from None
     font = folder / FONT_FILE
     return Pipeline(model, tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
@@ -94,48 +99,66 @@ def build(
     device: torch.device,
     fill: Callable[[QwenVL, frozenset[str]], None],
     *,
-    exact: bool = True,
+    quiet: bool = False,
 ) -> QwenVL:
     """A model in eval mode, made on the meta device, adapted to its weights and to the device that it is to run on.
 
-    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`). `exact`
-    is that of packed layers (see `PackedLinear`).
+    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`).
     """
     with torch.device("meta"):
         model = QwenVL(config)
         if config.quantization_config is not None:
-            quantize_structure(model, config, exact=exact)
+            quantize_structure(model, config)
     fill(model, columns_first(model, dtype, device))
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
+    arrange(model, quiet=quiet)
     return model.eval()
 
 
 def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
     """Refuse what a GPU cannot hold before the first byte is read. Raises ConfigError."""
-    if device.type != "cuda":
-        return
+    if device.type == "cuda" and _bytes_as(dtype, checkpoint) > torch.cuda.mem_get_info(device)[0]:
+        raise _no_room(dtype, device, checkpoint)
+
+
+def _no_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> ConfigError:
+    """The error for weights that a GPU cannot hold, with what would fit."""
     needed, free = _bytes_as(dtype, checkpoint), torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        half = "" if dtype.itemsize == 2 else "dtype bfloat16 takes half; "
-        raise ConfigError(
-            f"the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB are "
-            f"free on {device}: {half}the Int4 checkpoint takes 9.7 GB; device cpu has {_told_free_memory()}"
-        )
+    halved = _bytes_as(torch.bfloat16, checkpoint)
+    packed = checkpoint.config.quantization_config is not None
+    ways = [
+        *([f"dtype bfloat16 takes {_gb(halved)}"] if halved < needed else []),
+        *([] if packed else ["a checkpoint in 4 bits takes about a third of bfloat16's (qwenvl quantize makes one)"]),
+        f"device cpu has {_told_free_memory()}",
+    ]
+    return ConfigError(
+        f"the weights take {_gb(needed)} as {str(dtype).removeprefix('torch.')} and {_gb(free)} are free on {device}: "
+        f"{'; '.join(ways)}"
+    )
+
+
+def _gb(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _told_free_memory() -> str:
     free = free_memory()
-    return "what the machine has" if free is None else f"{free / 1e9:.1f} GB"
+    return "what the machine has" if free is None else _gb(free)
 
 
-def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint) -> int:
-    """What the weights take once they are loaded."""
-    width = dtype.itemsize
-    return sum(
-        width * math.prod(entry.our_shape) if entry.kind == "float" else checkpoint.at(entry).bytes
-        for entry in checkpoint.entries
-    )
+def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = False) -> int:
+    """What the weights take once they are loaded; `arranged`, as packed ones are for a CPU."""
+    quantization, needed = checkpoint.config.quantization_config, 0
+    for entry in checkpoint.entries:
+        if entry.kind == "float":
+            needed += dtype.itemsize * math.prod(entry.our_shape)
+        elif arranged and quantization is not None and entry.ours.endswith(".qweight"):
+            needed += table_bytes(entry.our_shape[0] * quantization.per_word, entry.our_shape[1])
+        else:
+            needed += checkpoint.at(entry).bytes
+    return needed
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -165,14 +188,14 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "mps":
         return torch.float16
-    needed = _bytes_as(torch.float32, checkpoint)
+    needed = _bytes_as(torch.float32, checkpoint, arranged=True)
     free = free_memory()
     if free is None or needed < free:
         return torch.float32
     if not quiet:
         tqdm.write(
-            f"float32 would take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: loading as bfloat16, which is "
-            "half of it and slower on most CPUs",
+            f"float32 would take {_gb(needed)} and {_gb(free)} are free: loading as bfloat16, which takes "
+            f"{_gb(_bytes_as(torch.bfloat16, checkpoint, arranged=True))} and is slower on most CPUs",
             file=sys.stderr,
         )
     return torch.bfloat16

@@ -8,7 +8,9 @@ from captured import PretendedStepper, pretend
 from support import random_model, small_config
 
 import qwenvl
+from qwenvl.adapt import capture
 from qwenvl.adapt.capture import Stepper
+from qwenvl.adapt.packed import Kernel
 from qwenvl.generation.decode import AHEAD, decode, prefill
 from qwenvl.generation.sampling import SamplingOptions
 from qwenvl.model.cache import KVCache
@@ -126,3 +128,52 @@ def test_without_a_gpu_nothing_is_captured(model: QwenVL) -> None:
     """On a CPU a step is a forward, which reads no more of the cache than there is."""
     cache, _, _ = prefilled(model, [5], 64)
     assert not Stepper(model, cache).captures
+
+
+@pytest.mark.parametrize("fails_at", [32, 48])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors"), "not permitted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory to capture"),
+    ],
+    ids=["uncapturable", "memory"],
+)
+def test_a_capture_that_fails(
+    model: QwenVL,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails_at: int,
+    error: Exception,
+    told: str,
+) -> None:
+    """The first or a later one: from there on steps are run as they are, with the same ids, and one line says so.
+
+    What cannot be captured is not tried again; where memory ran out, another cache may have the room.
+    """
+    cache, ids, logits = prefilled(model, [28, 9], 80)
+    options = SamplingOptions(max_new_tokens=40)
+    expected = [new.ids for new in decode(model, cache, logits, ids, options)]
+    lengths = cache.lengths.tolist()
+    pretend(monkeypatch)
+    monkeypatch.setattr(capture, "GRAPHS", Kernel("a CUDA graph"))
+    captures = PretendedStepper._capture
+    tried: list[int] = []
+
+    def failing(stepper: PretendedStepper, bucket: int) -> object:
+        tried.append(bucket)
+        if bucket < fails_at:
+            return captures(stepper, bucket)
+        stepper.model.decoder.step(stepper._ids, stepper.cache.bucket(bucket))  # once for real, which counts a token
+        raise error
+
+    monkeypatch.setattr(PretendedStepper, "_capture", failing)
+    for _ in range(2):
+        cache.rewind([28, 9])
+        assert [new.ids for new in decode(model, cache, logits, ids, options)] == expected
+        assert cache.lengths.tolist() == cache.host_lengths.tolist() == lengths
+    lines = capsys.readouterr().err.splitlines()
+    again = isinstance(error, torch.OutOfMemoryError)
+    assert len(lines) == (2 if again else 1)
+    assert all(told in line for line in lines)
+    assert tried == list(range(32, fails_at + 1, 16)) * (2 if again else 1)

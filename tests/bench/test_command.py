@@ -29,7 +29,7 @@ class Jobs:
     def run(self, job: Job) -> Iterator[Event]:
         """The device's facts and limits, a checkpoint's layers, else a figure; a failure where that is asked for."""
         if job.kind == "device":
-            yield CPU
+            yield Facts(CPU.about if job.dtype == "auto" else {**CPU.about, "dtype": job.dtype})
             yield Figure("device", "device", "copy", 10.0, "GB/s")
             yield Figure("device", "device", "read", 20.0, "GB/s")
             yield Figure("device", "device", "product", 2.0, "TFLOP/s")
@@ -102,7 +102,6 @@ def test_a_full_run(jobs: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch:
     ]
     assert jobs.here == []
     assert {job.limits for job in jobs.apart[1:]} == {type(jobs.apart[1].limits)(20e9, 2e12)}
-    assert {job.exact for job in jobs.apart} == {False}
     result = json.loads(out.splitlines()[-1])
     assert json.loads(report.RESULTS.read_text()) == result
     starts = [figure for figure in result["figures"] if figure["part"] == "start-up"]
@@ -159,12 +158,12 @@ def test_a_laptop_gets_the_small_sizes(
 
 
 def test_a_checkpoint_is_measured_as_it_is(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only its own weights, loaded as `load` does; a dtype that is given is kept to."""
+    """Only its own weights, loaded by `load`; a dtype that is given is kept to."""
     bench(capsys, "--model", "tiny", "--dtype", "bfloat16", "--no-save", "--only", "decode", "start-up")
     device, model, start = jobs.apart
     assert Path(model.weights.folder).is_dir()
     assert start.weights == model.weights
-    assert (device.dtype, model.exact) == ("bfloat16", True)
+    assert device.dtype == model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

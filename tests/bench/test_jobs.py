@@ -100,7 +100,7 @@ def test_a_bug_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         monkeypatch.setitem(jobs._KINDS, kind, broken)
         (missing,) = perform(job(kind))  # type: ignore[arg-type]
         assert isinstance(missing, Missing)
-        assert missing.reason.startswith("ValueError: two (test_jobs.py, line ")
+        assert missing.reason.startswith("ValueError: two lines (test_jobs.py, line ")
         assert missing.failed is failed
         assert ("Traceback" in capsys.readouterr().err) is failed
 

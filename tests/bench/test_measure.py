@@ -12,6 +12,7 @@ import torch
 from support import small_config
 
 import qwenvl
+from qwenvl.adapt import capture
 from qwenvl.bench import decoding, measure
 from qwenvl.bench.decoding import Stretch, TimedStepper, longest_run, stretch
 from qwenvl.bench.device import Device, Timing, timed
@@ -98,7 +99,7 @@ def test_a_part_that_fails_takes_no_other_with_it(
     events = list(measure_model(subject(model), PLAN, 60))
     missing = [event for event in events if isinstance(event, Missing)]
     assert [event.part for event in missing] == ["prefill", "first-token"]
-    assert "encountered (test_measure.py, line " in missing[0].reason
+    assert "encountered and much more (test_measure.py, line " in missing[0].reason
     assert "Traceback" in capsys.readouterr().err
     assert len([event for event in events if isinstance(event, Figure)]) == 5
 
@@ -153,7 +154,7 @@ def test_compiled_steps_choose_the_same(config: QwenVLConfig, backend: str) -> N
     """A step is one graph of operations for torch.compile, packed weights and all, and greedy ids are the same."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    model = random_model(config, torch.float32, CPU, exact=False)
+    model = random_model(config, torch.float32, CPU)
     ids = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(0))
 
     def chosen(**options: str) -> tuple[list[list[int | None]], TimedStepper]:
@@ -174,6 +175,26 @@ def test_without_a_compiler_compiling_is_left_out(model: QwenVL, monkeypatch: py
     (event,) = compiled(subject(model), PLAN, 60)
     reason = "torch.compile needs a compiler, and there is no no-such-compiler"
     assert event == Missing("compile", "float32", reason, failed=False)
+
+
+def test_a_step_that_does_not_compile_is_left_out(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The uncompiled figure stays, one line says why there is no other, and nothing else is passed off as compiled."""
+
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("backend='inductor' raised:\nno kernel\n" + 1000 * "more ")
+
+    def compile_badly(step: object, **_: object) -> object:  # noqa: ARG001
+        return broken
+
+    monkeypatch.setattr(decoding.torch, "compile", compile_badly)
+    monkeypatch.setattr(measure.shutil, "which", lambda name: name)
+    monkeypatch.setattr(capture, "GRAPHS", capture.Kernel("a graph"))
+    events = list(measure.guarded("compile", "float32", lambda: compiled(subject(model), PLAN, 60)))
+    assert [event.name for event in events if isinstance(event, Figure)] == ["decode 250, not compiled"]
+    (missing,) = (event for event in events if isinstance(event, Missing))
+    assert missing.reason.startswith("RuntimeError: backend='inductor' raised: no kernel more more ")
+    assert len(missing.reason) < 300
+    assert not missing.failed
 
 
 def test_first_calls_are_told_apart() -> None:

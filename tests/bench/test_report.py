@@ -48,7 +48,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_json() -> None:
-    """What a script reads: every figure with its unit, limit, fraction, what it is held against, and what is missing."""
+    """What a script reads: figures with unit, limit, fraction, what they are held against, and what is missing."""
     gone = Missing("batch", "int4", "out of memory", failed=True)
     absent = Missing("transformers", "transformers", "it is not installed here", failed=False)
     result = json.loads(json.dumps(report(H100, DECODE, ENCODE, COPY, gone, absent, table=False).result(12.34)))

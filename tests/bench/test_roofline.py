@@ -41,7 +41,7 @@ def test_work_by_hand() -> None:
 
 
 def test_the_issues_fractions() -> None:
-    """At 3.0 TB/s the aims are what they were set as: 170 tokens/s are 84% of the limit in bfloat16, 340 60% in int4."""
+    """At 3.0 TB/s the aims are what they were set as: 170 tok/s is 84% of the limit in bfloat16, 340 is 60% in int4."""
     limits = Limits(3.0e12, 700e12)
     behind = 258 + 1792 / 2
     assert 170 * limits.seconds(stepping(QWEN_VL, 2, 1, behind)) == pytest.approx(0.84, abs=0.01)

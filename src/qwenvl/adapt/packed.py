@@ -5,15 +5,18 @@
 
 One token reads every weight once and does little with it, so it takes as long as its bytes take to arrive: there the
 packed words are multiplied as they are, by a kernel for the device. A prompt has many rows for each weight, and for
-these the layer is unpacked: the exact, portable path, for any number of bits and any order of groups, against which the
-kernels are checked. It takes four to five times the layer's 16-bit weight while it lasts.
+these the layer is unpacked, for a large product: on a GPU by a kernel, else by the exact, portable path, for any number
+of bits and any order of groups, against which the kernels are checked. While it lasts it takes the unpacked weight, and
+some ten megabytes beside it.
 """
 
 from __future__ import annotations
 
-import functools
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import QuantizationConfig
-from ..weights.gptq import dequantize, pack_rows, unpack_rows
+from ..weights.gptq import dequantize, pack_rows, unpack_rows, zero_points
+from . import packed_cpu
 
 T = TypeVar("T")
 
@@ -33,23 +37,39 @@ class Kernel:
     def __init__(self, name: str) -> None:
         self.name, self.failed = name, False
 
-    def __call__(self, compute: Callable[[], Tensor]) -> Tensor | None:
-        """What `compute` returns; None if it fails, and from then on. Running out of memory is no such failure."""
+    def __call__(self, compute: Callable[[], T]) -> T | None:
+        """What `compute` returns; None if it fails, and from then on. Running out of memory is no such failure.
+
+        Compilers fail in ways of their own (no C compiler, a folder that cannot be written), so any error counts. While
+        a CUDA graph is captured it is raised: the capture is lost then, whatever comes instead.
+        """
         if self.failed:
             return None
         try:
             return compute()
         except torch.OutOfMemoryError:
             raise
-        except (ImportError, AttributeError, NotImplementedError, RuntimeError) as error:
-            self.failed = True
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            print(f"{self.name} cannot be used here ({reason}): going on without, more slowly", file=sys.stderr)
+        except Exception as error:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise
+            self.fail(error)
             return None
 
+    def fail(self, error: Exception) -> None:
+        """Do without from now on, which is told in one line."""
+        self.failed = True
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        print(f"{self.name} cannot be used here ({reason}): going on without, more slowly", file=sys.stderr)
 
-CUDA_KERNEL = Kernel("the Triton kernel for packed weights")
-CUDA_ROWS = 16  # what it takes at once
+
+CPU_SUMS = Kernel("torch's kernel for sums of bytes")
+CPU_ROWS = 64  # from more rows on, the unpacked weight is faster (bench/compare_packed.py)
+TRITON = Kernel("Triton")
+FEW_ROWS = Kernel("the Triton kernel for a few rows of packed weights")
+UNPACKING = Kernel("the Triton kernel that unpacks weights")
+CUDA_ROWS = 32  # in passes of 16: a pass reads half a byte of a 4-bit weight, unpacking it moves four and a half
+PASS = 16  # rows that the kernel takes at once
+BLOCK = 2**20  # weights that are unpacked at a time, for which some 14 bytes each are needed on the way
 
 
 class PackedLinear(nn.Module):
@@ -59,11 +79,10 @@ class PackedLinear(nn.Module):
     [in] int32, `bias` [out]. Scales keep the dtype in which they are stored (float16) whatever the model's dtype: the
     weight is exact only with them, so choose a dtype when loading and do not cast the module to bfloat16 afterwards.
 
-    `exact`: on a CPU, float32 activations are multiplied in float32. If it is false they may be rounded to bfloat16 on
-    the way, for a kernel that is faster; bfloat16 activations always may. On CUDA the kernel is exact in the weights.
+    Every way to multiply has these weights exactly; activations of 16 bits are summed up in float32.
     """
 
-    exact = True
+    _table: packed_cpu.Table | None = None  # while it stands in for the words
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -90,8 +109,23 @@ class PackedLinear(nn.Module):
         In float16 it is scale * step rounded to float16, as the published model computes it. Otherwise it is computed
         in float32, where it is exact, and cast: bfloat16 would lose bits of the scale before the product is made.
         """
-        scales = self.scales.to(torch.float16 if dtype == torch.float16 else torch.float32)
-        return dequantize(self.qweight, self.qzeros, scales, self.g_idx).to(dtype)
+        computed = torch.float16 if dtype == torch.float16 else torch.float32
+        device, per_word = self.qweight.device, 32 // self.bits
+        weight = torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
+        for columns in self._blocks():
+            scales = self.scales[:, columns].to(computed)
+            if self._table is not None:
+                weight[:, columns] = packed_cpu.steps(self._table, columns).to(computed).mul_(scales[self.g_idx])
+                continue
+            zeros = self.qzeros[:, columns.start // per_word : columns.stop // per_word]
+            weight[:, columns] = dequantize(self.qweight[:, columns], zeros, scales, self.g_idx).T
+        return weight.T
+
+    def _blocks(self) -> Iterator[slice]:
+        """The outputs, some at a time, so that what is made of them on the way stays small."""
+        size = max(BLOCK // self.in_features // 32, 1) * 32
+        for start in range(0, self.out_features, size):
+            yield slice(start, min(start + size, self.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`.
@@ -107,32 +141,102 @@ class PackedLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         # A CPU without matrix units for bfloat16 multiplies it several times slower than float32, and not better.
         dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
-        return F.linear(x.to(dtype), self.weight_in(dtype), self.bias.to(dtype)).to(x.dtype)
+        weight = self._unpacked_on_cuda(dtype) if x.is_cuda else None
+        weight = self.weight_in(dtype) if weight is None else weight
+        return F.linear(x.to(dtype), weight, self.bias.to(dtype)).to(x.dtype)
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """The product by a kernel; None if there is none for this device, these rows or these groups."""
-        rows = x.numel() // self.in_features
         if x.is_cuda:
-            order = self.order() if rows <= CUDA_ROWS and self.scales.dtype == torch.float16 else None
-            return None if order is None else CUDA_KERNEL(lambda: self._on_cuda(x, *order))
-        if x.device.type == "cpu" and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not self.exact)):
-            return self._on_cpu(x)
-        return None
+            return self._on_cuda(x)
+        return self._on_cpu(x) if x.device.type == "cpu" else None
 
-    def _on_cpu(self, x: Tensor) -> Tensor | None:  # noqa: ARG002 - each number of bits has its own
-        return None
+    def arrange(self) -> None:
+        """On a CPU, keep the weight in the order in which its kernel reads it, in place of the words.
 
-    def _on_cuda(self, x: Tensor, order: Tensor | None, group_size: int) -> Tensor:
-        from .packed_triton import matvec  # Triton comes with torch for CUDA
+        It takes a byte and an eighth for each weight. Saving, loading and moving see the words all
+        the same.
+        """
+        if self._table is None and self.qweight.device.type == "cpu":
+            steps = unpack_rows(self.qweight, self.bits) - zero_points(self.qzeros, self.bits)[self.g_idx]
+            self._table = packed_cpu.arrange(steps, self.scales, self.g_idx, self.bits)
+            if self._table is not None:
+                self.qweight = self.qweight.new_empty(0, self.out_features)
 
+    def _words(self) -> Tensor:
+        """What `qweight` is, or was before `arrange`."""
+        if self._table is None:
+            return self.qweight
+        return pack_rows(packed_cpu.steps(self._table) + zero_points(self.qzeros, self.bits)[self.g_idx], self.bits)
+
+    @contextmanager
+    def _as_words(self) -> Iterator[None]:
+        """For a while, hold the words again, so that they can be replaced."""
+        arranged = self._table is not None
+        self.qweight, self._table = self._words(), None
+        yield
+        if arranged:
+            self.arrange()
+
+    def _on_cpu(self, x: Tensor) -> Tensor | None:
+        table = self._table
+        if table is None or x.numel() > CPU_ROWS * self.in_features:
+            return None
+        y = CPU_SUMS(lambda: packed_cpu.multiply(x.reshape(-1, self.in_features).float(), table))
+        if y is None:
+            return None
+        if self._made("bias", self.bias, lambda: bool(self.bias.any())):
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _on_cuda(self, x: Tensor) -> Tensor | None:
         rows = x.reshape(-1, self.in_features)
-        words = self.qweight
-        if order is not None:
-            codes = functools.partial(unpack_rows, words, self.bits)
-            words = self._made("words in order", words, lambda: pack_rows(codes()[order], self.bits))
-            rows = rows[:, order]
-        y: Tensor = matvec(rows, words, self.qzeros, self.scales, self.bias, group_size=group_size, bits=self.bits)
-        return y.view(*x.shape[:-1], self.out_features)
+        if not 1 <= len(rows) <= CUDA_ROWS or (kernels := self._triton()) is None or FEW_ROWS.failed:
+            return None
+        order = self.order()
+        if order is None or order[1] * self.bits % 32:  # a word must not hold codes of two groups
+            return None
+        inputs, size = order
+
+        def product() -> Tensor:
+            words, wanted = self.qweight, rows
+            if inputs is not None:  # a second copy of the words, which a step would be slower without
+                words, wanted = self._made("words in order", words, lambda: self._reordered(inputs)), rows[:, inputs]
+            parts = [
+                kernels.matvec(part, words, self.qzeros, self.scales, self.bias, group_size=size, bits=self.bits)
+                for part in torch.split(wanted, PASS)
+            ]
+            y: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return y.view(*x.shape[:-1], self.out_features)
+
+        return FEW_ROWS(product)
+
+    def _unpacked_on_cuda(self, dtype: torch.dtype) -> Tensor | None:
+        """What `weight_in` gives, by a kernel that needs no memory beside it; None if there is none."""
+        if (kernels := self._triton()) is None or UNPACKING.failed:
+            return None
+        order = self.order()
+        size = order[1] if order is not None and order[0] is None else None
+        parts = self.qweight, self.qzeros, self.scales, self.g_idx
+        weight: Tensor | None = UNPACKING(
+            lambda: kernels.dequantize(*parts, group_size=size, bits=self.bits, dtype=dtype)
+        )
+        return weight
+
+    def _triton(self) -> ModuleType | None:
+        """The kernels, if Triton is there (it comes with torch for CUDA) and these scales are exact in them."""
+        if self.scales.dtype != torch.float16 or TRITON.failed:
+            return None
+        if torch.compiler.is_compiling():  # which does not see through `import_module`, and comes after a first call
+            from . import packed_triton
+
+            return packed_triton
+        return TRITON(lambda: importlib.import_module(".packed_triton", __package__))
+
+    def _reordered(self, inputs: Tensor) -> Tensor:
+        """The words with their inputs in this order."""
+        parts = [unpack_rows(self.qweight[:, columns], self.bits)[inputs] for columns in self._blocks()]
+        return torch.cat([pack_rows(part, self.bits) for part in parts], dim=1)
 
     def order(self) -> tuple[Tensor | None, int] | None:
         """The inputs' order [in] in which groups stand one after the other, None if they do as they are; their size.
@@ -158,6 +262,18 @@ class PackedLinear(nn.Module):
             known = self._kept[name] = source, version, make()
         made: T = known[2]
         return made
+
+    def _apply(self, fn: Any, recurse: Any = True) -> Any:  # noqa: ANN401 - as torch declares it: `.to` and the like
+        with self._as_words():
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
+        with self._as_words():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: ANN401
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qweight"] = self._words()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -1,15 +1,19 @@
 """Triton kernels for GPTQ weights as they are published: packed codes, float16 scales, zero points minus one.
 
-    matvec          y = x W^T + b for 1 to 16 rows, straight from the packed words
-    dequantize_to   the whole weight [out, in] in 16 bits, for products with many rows
+    matvec        y = x W^T + b for 1 to 16 rows, straight from the packed words
+    dequantize    the whole weight [out, in], for products with many rows
+
+Both take the codes of 4 or 8 bits and zero points of any value; `matvec` wants the inputs of a group to be neighbours,
+`dequantize` also takes groups in any order (act-order). The words may be some of the columns of a wider matrix, as the
+halves of a fused weight are.
 
 Neither uses atomics, so equal calls give equal bits. Nothing is tuned at run time and nothing waits for the device, so
-both can be captured in a CUDA graph, each combination of sizes, dtype and alignment having run once before. Rows of a
-group must be neighbours: checkpoints made with `desc_act` (a shuffled `g_idx`) do not fit. Wants Triton 3.3 or newer.
+both can be captured in a CUDA graph, each combination of sizes, dtype and alignment having run once before. Triton 3.3
+or newer; it comes with torch for CUDA.
 
 Conversions from integers are slow on the device, so a code is put into the mantissa of a float instead: with its lowest
 bit at bit AT, the float is 2^(23-AT) + code. A scale has 11 significant bits, so scale * (2^(23-AT) + code) and
-scale * (2^(23-AT) + zero) are exact in float32, and their difference, scale * (code - zero), is too, fused or not.
+scale * (2^(23-AT) + zero) are exact in float32, and so is their difference, scale * (code - zero).
 """
 
 from __future__ import annotations
@@ -28,16 +32,13 @@ EXPONENT_12, EXPONENT_16 = 0x45000000, 0x43000000  # the bits of 2^11 and 2^7
 @triton.jit
 def _code(packed: tl.tensor, exponent: tl.tensor, LOW: tl.constexpr, AT: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """2^(23-AT) + the code at bit LOW of every word, as float32."""
-    if LOW < AT:
-        moved = packed << (AT - LOW)
-    else:
-        moved = packed >> (LOW - AT)
+    moved = packed << (AT - LOW) if LOW < AT else packed >> (LOW - AT)
     return ((moved & (((1 << BITS) - 1) << AT)) | exponent).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scaling(
-    qzeros: tl.tensor, scales: tl.tensor, start: tl.tensor, n: tl.tensor, words: tl.constexpr,
+    qzeros: tl.tensor, scales: tl.tensor, start: tl.tensor, n: tl.tensor, stride: tl.tensor, words: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Scales and zeros [LANES, N], in float32, of this program's columns and of the group of each word `start`."""
@@ -45,8 +46,8 @@ def _scaling(
     cols = tl.program_id(0) * N + tl.arange(0, N)
     zcols = tl.program_id(0) * (N // PER) + tl.arange(0, N // PER)
     group, live = (start // GROUP)[:, None], (start < words)[:, None]
-    s = tl.load(scales + group * n + cols[None, :], mask=live & (cols < n)[None, :], other=0.0).to(tl.float32)
-    z = tl.load(qzeros + group * (n // PER) + zcols[None, :], mask=live & (zcols < n // PER)[None, :], other=0)
+    s = tl.load(scales + group * stride + cols[None, :], mask=live & (cols < n)[None, :], other=0.0).to(tl.float32)
+    z = tl.load(qzeros + group * (stride // PER) + zcols[None, :], mask=live & (zcols < n // PER)[None, :], other=0)
     z = (z[:, :, None] >> (tl.arange(0, PER) * BITS)[None, None, :]) & ((1 << BITS) - 1)
     return s, tl.reshape(z, [LANES, N]).to(tl.float32) + 1.0
 
@@ -54,9 +55,9 @@ def _scaling(
 @triton.jit
 def _fma_kernel(
     x: tl.tensor, qweight: tl.tensor, qzeros: tl.tensor, scales: tl.tensor, bias: tl.tensor, y: tl.tensor,
-    n: tl.tensor, x_stride: tl.tensor, exponent12: tl.tensor, exponent16: tl.tensor, words: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr,
-    EVEN: tl.constexpr,
+    n: tl.tensor, stride: tl.tensor, x_stride: tl.tensor, exponent12: tl.tensor, exponent16: tl.tensor,
+    words: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    N: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row of x and one strip of N columns; LANES runs of WORDS words at a time, each thread with sums of its own.
 
@@ -69,33 +70,34 @@ def _fma_kernel(
     for first in tl.range(0, words, LANES * WORDS, num_stages=3):
         start = first + tl.arange(0, LANES) * WORDS
         here = (start < words)[:, None] & (cols < n)[None, :]
-        s, z = _scaling(qzeros, scales, start, n, words, BITS, GROUP, LANES, N)
-        zero12, zero16 = s * (2048.0 + z), s * (128.0 + z)
+        s, z = _scaling(qzeros, scales, start, n, stride, words, BITS, GROUP, LANES, N)
+        zero12, zero16 = -s * (2048.0 + z), -s * (128.0 + z)
         for c in tl.static_range(WORDS):
-            packed = tl.load(qweight + (start + c)[:, None] * n + cols[None, :], mask=here, other=0)
+            packed = tl.load(qweight + (start + c)[:, None] * stride + cols[None, :], mask=here, other=0)
             for j in tl.static_range(PER):
                 if EVEN:
                     xs = tl.load(x + (start + c) * PER + j)
                 else:
                     xs = tl.load(x + (start + c) * PER + j, mask=start < words, other=0.0)
                 if BITS == 4 and j % 2 == 0:  # with two places for the codes, eight of them need four shifts
-                    w = _code(packed, exponent16, j * BITS, 16, BITS) * s - zero16
+                    w = tl.fma(_code(packed, exponent16, j * BITS, 16, BITS), s, zero16)
                 else:
-                    w = _code(packed, exponent12, j * BITS, 12, BITS) * s - zero12
-                acc += xs.to(tl.float32)[:, None] * w
+                    w = tl.fma(_code(packed, exponent12, j * BITS, 12, BITS), s, zero12)
+                acc = tl.fma(xs.to(tl.float32)[:, None], w, acc)
     total = tl.sum(acc, axis=0)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)
     tl.store(y + tl.program_id(1) * n + cols, total.to(y.dtype.element_ty), mask=cols < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else it is compiled again for 16
 def _dot_kernel(
     x: tl.tensor, qweight: tl.tensor, qzeros: tl.tensor, scales: tl.tensor, bias: tl.tensor, y: tl.tensor,
-    rows: tl.tensor, n: tl.tensor, x_stride: tl.tensor, exponent12: tl.tensor, exponent16: tl.tensor, words: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    rows: tl.tensor, n: tl.tensor, stride: tl.tensor, x_stride: tl.tensor, exponent12: tl.tensor, exponent16: tl.tensor,
+    words: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, LANES: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr,
 ) -> None:  # fmt: skip
-    """M rows of 16-bit x on tensor cores, where code - zero is exact; the scale multiplies the float32 sum of a group."""
+    """M rows of 16-bit x on tensor cores, where code - zero is exact; scales multiply the groups' float32 sums."""
     PER: tl.constexpr = 32 // BITS
     m, cols = tl.arange(0, M), tl.program_id(0) * N + tl.arange(0, N)
     acc = tl.zeros([LANES, M, N], tl.float32)
@@ -104,8 +106,8 @@ def _dot_kernel(
         word = start[:, None] + tl.arange(0, WORDS)[None, :]
         k = start[:, None] * PER + tl.arange(0, WORDS * PER)[None, :]
         here = (start < words)[:, None, None] & (cols < n)[None, None, :]
-        packed = tl.load(qweight + word[:, :, None] * n + cols[None, None, :], mask=here, other=0)
-        s, z = _scaling(qzeros, scales, start, n, words, BITS, GROUP, LANES, N)
+        packed = tl.load(qweight + word[:, :, None] * stride + cols[None, None, :], mask=here, other=0)
+        s, z = _scaling(qzeros, scales, start, n, stride, words, BITS, GROUP, LANES, N)
         here = (m < rows)[None, :, None] & (start < words)[:, None, None]
         xs = tl.load(x + m[None, :, None] * x_stride + k[:, None, :], mask=here, other=0.0)
         part = tl.zeros([LANES, M, N], tl.float32)
@@ -119,7 +121,7 @@ def _dot_kernel(
             else:
                 q = _code(packed, exponent12, j * BITS, 12, BITS) - (2048.0 + z)[:, None, :]
             part = tl.dot(every, q.to(xs.dtype), part)
-        acc += part * s[:, None, :]
+        acc = tl.fma(part, s[:, None, :], acc)
     total = tl.sum(acc, axis=0)
     if bias is not None:
         total += tl.load(bias + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
@@ -129,22 +131,34 @@ def _dot_kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    qweight: tl.tensor, qzeros: tl.tensor, scales: tl.tensor, out: tl.tensor, n: tl.tensor, words: tl.tensor,
-    out_stride: tl.tensor, BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, N: tl.constexpr,
+    qweight: tl.tensor, qzeros: tl.tensor, scales: tl.tensor, g_idx: tl.tensor, out: tl.tensor,
+    n: tl.tensor, stride: tl.tensor, words: tl.tensor, BITS: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr,
+    N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """N columns by WORDS words, all of one group; read along the columns, written along the rows of `out`."""
+    """N columns by WORDS words; read along the columns, written along the rows of `out`.
+
+    The words are all of one group of GROUP words; or, where `g_idx` is given, each of their inputs is of its own.
+    """
     PER: tl.constexpr = 32 // BITS
     cols = tl.program_id(0) * N + tl.arange(0, N)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    group = tl.program_id(1) * WORDS // GROUP
     here = (cols < n)[:, None] & (word < words)[None, :]
-    packed = tl.load(qweight + word[None, :] * n + cols[:, None], mask=here, other=0)
-    s = tl.load(scales + group * n + cols, mask=cols < n, other=0.0).to(tl.float32)
-    z = tl.load(qzeros + group * (n // PER) + cols // PER, mask=cols < n, other=0) >> (cols % PER * BITS)
+    packed = tl.load(qweight + word[None, :] * stride + cols[:, None], mask=here, other=0)
     shifts = (tl.arange(0, PER) * BITS)[None, None, :]
-    q = ((packed[:, :, None] >> shifts) & ((1 << BITS) - 1)) - ((z & ((1 << BITS) - 1)) + 1)[:, None, None]
-    at = cols[:, None, None] * out_stride + (word * PER)[None, :, None] + tl.arange(0, PER)[None, None, :]
-    tl.store(out + at, (q.to(tl.float32) * s[:, None, None]).to(out.dtype.element_ty), mask=here[:, :, None])
+    inputs = word[:, None] * PER + tl.arange(0, PER)[None, :]
+    if g_idx is None:
+        group = tl.program_id(1) * WORDS // GROUP
+        s = tl.load(scales + group * stride + cols, mask=cols < n, other=0.0)[:, None, None]
+        z = tl.load(qzeros + group * (stride // PER) + cols // PER, mask=cols < n, other=0)[:, None, None]
+    else:
+        group = tl.load(g_idx + inputs, mask=(word < words)[:, None], other=0)[None, :, :]
+        s = tl.load(scales + group * stride + cols[:, None, None], mask=here[:, :, None], other=0.0)
+        z = tl.load(qzeros + group * (stride // PER) + (cols // PER)[:, None, None], mask=here[:, :, None], other=0)
+    zero = ((z >> (cols % PER * BITS)[:, None, None]) & ((1 << BITS) - 1)) + 1
+    steps = ((packed[:, :, None] >> shifts) & ((1 << BITS) - 1)) - zero
+    weight = steps.to(tl.float32) * s.to(tl.float32)
+    at = cols[:, None, None] * (words * PER) + inputs[None, :, :]
+    tl.store(out + at, weight.to(out.dtype.element_ty), mask=here[:, :, None])
 
 
 def _whole(words: int, group: int, most: int) -> int:
@@ -154,42 +168,63 @@ def _whole(words: int, group: int, most: int) -> int:
     return most
 
 
+def _packed(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The three as the kernels read them, and how many columns lie between their rows."""
+    stride = qweight.stride(0)
+    if qweight.stride(1) != 1 or qzeros.stride() != (stride * bits // 32, 1) or scales.stride() != (stride, 1):
+        qweight, qzeros, scales = qweight.contiguous(), qzeros.contiguous(), scales.contiguous()
+        stride = qweight.shape[1]
+    return qweight, qzeros, scales, stride
+
+
 def matvec(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None = None, *,
-           group_size: int = 128, bits: int = 4) -> Tensor:  # fmt: skip
-    """X [rows, in] times the packed weight, plus `bias`, in the dtype of x; rows 1 to 16, at any distance in memory.
+           group_size: int, bits: int) -> Tensor:  # fmt: skip
+    """Multiply x [rows, in] by the packed weight and add `bias`, in the dtype of x; 1 to 16 rows, however far apart.
 
     Weights are exactly scale * (code - zero), sums are float32. One row, float32 rows and groups under 16 words are
     multiplied row by row; other rows share one pass over the weight. Either way a strip's program reads all its words.
     """
-    words, n = qweight.shape
-    rows, group = x.shape[0], group_size * bits // 32
-    assert 1 <= rows <= MAX_ROWS and x.shape[1] * bits == words * 32 and x.stride(1) == 1, (x.shape, x.stride())
-    assert scales.dtype != torch.float32, "a float32 scale has too many bits for these products to be exact"
-    assert qweight.is_contiguous() and qzeros.is_contiguous() and scales.is_contiguous()
+    (words, n), rows, group = qweight.shape, x.shape[0], group_size * bits // 32
+    assert 1 <= rows <= MAX_ROWS, f"{rows} rows"
+    assert x.shape[1] * bits == words * 32, f"{x.shape[1]} inputs for {words} words of {bits}-bit codes"
+    assert group_size * bits % 32 == 0, f"a word of {bits}-bit codes is not all of one group of {group_size}"
+    assert scales.dtype == torch.float16, "with more bits in a scale the products would not be exact"
+    x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    packed, sizes = (qweight, qzeros, scales, bias, y), (n, x.stride(0), EXPONENT_12, EXPONENT_16, words)
+    qweight, qzeros, scales, stride = _packed(qweight, qzeros, scales, bits)
+    packed, sizes = (qweight, qzeros, scales, bias, y), (n, stride, x.stride(0), EXPONENT_12, EXPONENT_16, words)
     strips = triton.cdiv(n, BLOCK_N)
-    dots = x.dtype == torch.float16 or (
-        x.dtype == torch.bfloat16 and x.is_cuda
-    )  # the interpreter's is wrong in bfloat16
-    if rows > 1 and dots and _whole(words, group, 16) == 16:
-        warps = 8 if strips < MANY else 4
-        _dot_kernel[(strips,)](x, *packed, rows, *sizes, BITS=bits, GROUP=group, WORDS=16, LANES=warps, N=BLOCK_N,
-                               M=MAX_ROWS, num_warps=warps)  # fmt: skip
-    else:
-        warps, run = 16 if strips * rows < MANY else 8, _whole(words, group, 4)
-        _fma_kernel[(strips, rows)](x, *packed, *sizes, BITS=bits, GROUP=group, WORDS=run, LANES=4 * warps, N=BLOCK_N,
-                                    EVEN=words % (4 * warps * run) == 0, num_warps=warps)  # fmt: skip
+    # Triton's interpreter, which runs on the CPU, multiplies bfloat16 wrongly.
+    dots = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and x.is_cuda)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call] # a kernel is started on the current device, wherever its arguments are
+        if rows > 1 and dots and _whole(words, group, 16) == 16:
+            warps = 8 if strips < MANY else 4
+            _dot_kernel[(strips,)](x, *packed, rows, *sizes, BITS=bits, GROUP=group, WORDS=16, LANES=warps, N=BLOCK_N,
+                                   M=MAX_ROWS, num_warps=warps)  # fmt: skip
+        else:
+            warps, run = 16 if strips * rows < MANY else 8, _whole(words, group, 4)
+            _fma_kernel[(strips, rows)](x, *packed, *sizes, BITS=bits, GROUP=group, WORDS=run, LANES=4 * warps,
+                                        N=BLOCK_N, EVEN=words % (4 * warps * run) == 0, num_warps=warps)  # fmt: skip
     return y
 
 
-def dequantize_to(out: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int = 128,
-                  bits: int = 4) -> None:  # fmt: skip
-    """Write the weight into `out` [out, in], each value computed exactly and rounded once; its rows may lie apart."""
+def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *, group_size: int | None, bits: int,
+               dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """The weight [out, in] in `dtype`, each value computed exactly and rounded once; nothing else is made on the way.
+
+    Where groups stand in order, `group_size` says so and spares reading `g_idx` [in]; else it is None.
+    """
     words, n = qweight.shape
-    group = group_size * bits // 32
-    assert out.shape == (n, words * 32 // bits) and out.stride(1) == 1, (out.shape, out.stride())
-    run = min(16, group)
-    _dequantize_kernel[(triton.cdiv(n, 64), triton.cdiv(words, run))](
-        qweight, qzeros, scales, out, n, words, out.stride(0), BITS=bits, GROUP=group, WORDS=run, N=64, num_warps=4
-    )
+    assert scales.dtype == torch.float16, "with more bits in a scale the products would not be exact"
+    ordered = group_size is not None and group_size * bits % 32 == 0
+    group = group_size * bits // 32 if ordered and group_size else 16
+    run = _whole(group, group, 16)
+    out = torch.empty(n, words * 32 // bits, dtype=dtype, device=qweight.device)
+    assert out.numel() < 2**31, f"{out.numel()} weights are more than these kernels can count"
+    qweight, qzeros, scales, stride = _packed(qweight, qzeros, scales, bits)
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+        _dequantize_kernel[(triton.cdiv(n, 64), triton.cdiv(words, run))](
+            qweight, qzeros, scales, None if ordered else g_idx, out, n, stride, words, BITS=bits, GROUP=group,
+            WORDS=run, N=64, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -132,7 +132,6 @@ class _Conductor:
             weights,
             request.device,
             self.dtype or request.dtype,
-            exact=request.dtype != "auto",
             limits=Limits(1e9 * rates.get("GB/s", 0.0), 1e12 * rates.get("TFLOP/s", 0.0)),
             seconds=seconds,
         )

@@ -39,6 +39,7 @@ class TimedStepper(Stepper):
     def __init__(self, model: QwenVL, cache: KVCache, device: Device, *, backend: str = "") -> None:
         super().__init__(model, cache)
         self.device, self.captured, self.capture_seconds = device, 0, 0.0
+        self.failure: Exception | None = None  # of a capture: from then on, steps are as they are
         self.compiled = bool(backend)
         if self.compiled:
             self.step = torch.compile(self.step, backend=backend, fullgraph=True, dynamic=False)
@@ -46,13 +47,17 @@ class TimedStepper(Stepper):
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
         begin = self.device.now()
-        if self.compiled:  # packed weights choose and pack in their first call, which cannot be compiled
-            self._try(self.model.decoder.step, bucket)
-        if self.cache.keys.is_cuda:
-            replay = super()._capture(bucket)
-        else:
-            self._try(self.step, bucket)
-            replay = partial(self.step, self._ids, self.cache.bucket(bucket))
+        try:
+            if self.compiled:  # packed weights choose and pack in their first call, which cannot be compiled
+                self._try(self.model.decoder.step, bucket)
+            if self.cache.keys.is_cuda:
+                replay = super()._capture(bucket)
+            else:
+                self._try(self.step, bucket)
+                replay = partial(self.step, self._ids, self.cache.bucket(bucket))
+        except Exception as error:
+            self.failure = error
+            raise
         self.capture_seconds += self.device.now() - begin
         self.captured += 1
         return replay
@@ -67,10 +72,10 @@ class TimedStepper(Stepper):
 
 @dataclass(frozen=True)
 class Stretch:
-    """`steps` decoding steps behind `begin` tokens in each row: their seconds, and those of captures among them.
+    """`steps` decoding steps behind `begin` tokens in each row: their seconds, and those of captures apart.
 
     The first new token takes no step, for the prefill has its logits. `wanted` is how many steps there should have
-    been, and `graphs` how many were captured.
+    been, `graphs` how many were captured, and `captured` says that all were replayed.
     """
 
     begin: int
@@ -79,6 +84,7 @@ class Stretch:
     seconds: float
     graphs: int
     capture_seconds: float
+    captured: bool = False
 
     @property
     def step_seconds(self) -> float:
@@ -115,8 +121,9 @@ def stretch(stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, 
             if device.clock() - begin > seconds:
                 break
         taken = device.clock() - begin  # the last token has been waited for
-    captured = stepper.capture_seconds - before
-    return Stretch(begun, max(read - 1, 1), steps, taken - captured, stepper.captured - graphs, captured)
+    spent = stepper.capture_seconds - before
+    steps, wanted = max(read - 1, 1), steps
+    return Stretch(begun, steps, wanted, taken - spent, stepper.captured - graphs, spent, stepper.captures)
 
 
 def longest_run(

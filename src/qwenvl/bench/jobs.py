@@ -63,9 +63,8 @@ class Job:
     transformers  the comparison with it
     compile       decoding with steps as they are and compiled
 
-    dtype: by name; "auto" is for the first kind alone. exact: whether packed weights must keep to that dtype (see
-    `PackedLinear`), as they do in `load` unless its dtype is "auto". seconds: that it may take, from `begun` on, the
-    wall clock's time when the job was made: starting a process and importing torch count.
+    dtype: by name; "auto" is for the first kind alone. seconds: that it may take, from `begun` on, which is when it was
+    made by the wall clock: starting a process and importing torch count.
     """
 
     kind: Kind
@@ -73,7 +72,6 @@ class Job:
     weights: Weights
     device: str
     dtype: str = "auto"
-    exact: bool = False
     limits: Limits = NO_LIMITS
     seconds: float = 60.0
     begun: float = field(default_factory=time.time)
@@ -119,8 +117,8 @@ def _device(job: Job, device: Device, _: float) -> Iterator[Event]:
 
 def _loaded(job: Job, device: Device) -> QwenVL:
     if job.weights.folder:
-        return load(job.weights.folder, device.torch, job.dtype if job.exact else "auto", quiet=True).model
-    return random_model(job.weights.config, DTYPES[job.dtype], device, exact=job.exact)
+        return load(job.weights.folder, device.torch, job.dtype, quiet=True).model
+    return random_model(job.weights.config, DTYPES[job.dtype], device)
 
 
 def _model(job: Job, device: Device, end: float) -> Iterator[Event]:
@@ -147,7 +145,7 @@ def _write(job: Job, device: Device, end: float) -> Iterator[Event]:
 def _start(job: Job, device: Device, _: float) -> Iterator[Event]:
     """Everything that a fresh process does up to its first token; who began it knows how long it took in all."""
     begin = device.clock()
-    pipeline = load(job.weights.folder, device.torch, job.dtype if job.exact else "auto", quiet=True)
+    pipeline = load(job.weights.folder, device.torch, job.dtype, quiet=True)
     loaded = device.now()
     size = pipeline.config.visual.image_size
     pipeline.generate_ids(torch.tensor([picture_ids(pipeline.config)]), torch.randn(1, 3, size, size), max_new_tokens=1)

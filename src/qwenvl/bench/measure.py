@@ -37,6 +37,7 @@ from .plan import COMPARISONS, Budget, Plan
 from .roofline import Limits, Work, encoding, prefilling, stepping
 
 EXPECTED_RATE = 130.0  # tokens a second, by which decoding runs share the time with the other parts
+LONGEST = 200  # characters of an error: some compilers tell stories
 Measurement = Callable[[float], Iterator[Event]]  # what is measured in so many seconds
 
 
@@ -98,6 +99,8 @@ class Subject:
         work = stepping(self.config, self.width, rows, run.context)
         least, whole = self.limits.seconds(work), run.steps == run.wanted
         captures = first.capture_seconds + run.capture_seconds
+        on_gpu = self.device.torch.type == "cuda"
+        eager = "steps were not captured as CUDA graphs" if on_gpu and not run.captured else ""
         shortened = f"{run.steps} of {run.wanted} steps, from {run.begin} tokens on"
         return Figure(
             part,
@@ -108,7 +111,7 @@ class Subject:
             limit=round(rows / least, 2) if least else 0.0,
             limited_by=self.limits.binding(work),
             warm_up=round(first.seconds + captures, 3),
-            note="; ".join(filter(None, (note, "" if whole else shortened))),
+            note="; ".join(filter(None, (note, "" if whole else shortened, eager))),
             details={
                 "steps": run.steps,
                 "steps_wanted": run.wanted,
@@ -170,8 +173,8 @@ def guarded(part: str, subject: str, measurement: Callable[[], Iterator[Event]])
             if part not in COMPARISONS:
                 traceback.print_exc(file=sys.stderr)
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-            reason = f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+            told = " ".join(str(error).split())[:LONGEST] or "no reason given"
+            reason = f"{type(error).__name__}: {told} ({Path(frame.filename).name}, line {frame.lineno})"
         yield Missing(part, subject, reason, failed=part not in COMPARISONS)
 
 
@@ -235,7 +238,11 @@ def _behind_a_picture(
     with bounded(model, 1, subject.span + tokens):
         cache = allocate(model, 1, subject.span + tokens)
         logits = prefill(model, cache, ids, pixels=subject.pixels(subject.device.torch))
-        return run(TimedStepper(model, cache, subject.device, backend=backend), logits, ids, tokens - 1)
+        stepper = TimedStepper(model, cache, subject.device, backend=backend)
+        stretches = run(stepper, logits, ids, tokens - 1)
+    if backend and stepper.failure is not None:  # what was timed then is not what was asked for
+        raise stepper.failure
+    return stretches
 
 
 @torch.no_grad()

@@ -38,10 +38,10 @@ ROOM = 0.8  # how much of the disk, of the memory and of the time a checkpoint m
 SECONDS_PER_BYTE = 1 / 1.5e9  # that making a checkpoint takes beside the disk: drawing, copying to the host
 
 
-def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device, *, exact: bool = True) -> QwenVL:
+def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device) -> QwenVL:
     """A model with random weights, drawn where they stay, so that memory never holds them twice.
 
-    `exact` is that of packed layers. Raises CheckpointError where there is no memory for them.
+    Raises CheckpointError where there is no memory for them.
     """
     torch.manual_seed(0)
 
@@ -57,7 +57,7 @@ def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device, *, ex
     if free and needed > free:
         raise no_room(config, needed, free)
     try:
-        return build(config, dtype, device.torch, fill, exact=exact)
+        return build(config, dtype, device.torch, fill, quiet=True)
     except torch.OutOfMemoryError:
         raise no_room(config, needed, free) from None
 

@@ -49,7 +49,7 @@ def generate_batch(
     n_vocab = None if tokenizer is None else tokenizer.n_vocab
     slots = max(width, min(width + options.max_new_tokens, model.config.max_position_embeddings))
     cache = allocate(model, batch * n_beams, slots)
-    with bounded(model, batch * n_beams, slots):
+    with bounded(model, batch * n_beams, slots, cache=cache):
         logits = prefill(
             model,
             cache.rows(slice(batch)),

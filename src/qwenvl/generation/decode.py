@@ -22,6 +22,7 @@ from ..errors import PromptError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from .beam import BeamOptions, Hypothesis, beam_search
+from .room import bounded
 from .sampling import SamplingOptions, log_probabilities, process, require_ids, row_generators, sample, warp
 
 AHEAD = 3  # steps that a GPU is told of before the first one's ids are read
@@ -149,7 +150,8 @@ def decode(
             # A row that has run out of positions cannot be stepped along: from then on, those that ended stand still.
             full = int(cache.host_lengths.max()) + 1 == model.config.max_position_embeddings
             real = torch.tensor([[row in going] for row in range(len(ids))], device="cpu") if full else None
-            logits = stepper(ids, real)
+            with bounded(model, cache.batch, cache.max_length, cache=cache):
+                logits = stepper(ids, real)
     finally:
         kept = torch.minimum(cache.host_lengths, begun + max(read - 1, 0))
         if not torch.equal(kept, cache.host_lengths):
@@ -202,7 +204,8 @@ def search(
     limits = room(cache.rows(slice(len(logits))), options)
 
     def step(rows: list[int], ids: Tensor) -> Tensor:
-        new: Tensor = model(ids[:, None], cache=cache.reorder(rows), logits_to_keep=1)
+        with bounded(model, cache.batch, cache.max_length, cache=cache):
+            new: Tensor = model(ids[:, None], cache=cache.reorder(rows), logits_to_keep=1)
         return new[:, -1]
 
     return beam_search(

@@ -6,6 +6,7 @@ bounded    what runs within it says what would fit, should the device run out
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,24 +25,45 @@ def allocate(model: QwenVL, batch: int, max_length: int) -> KVCache:
 
 
 @contextmanager
-def bounded(model: QwenVL, batch: int, max_length: int) -> Iterator[None]:
-    """Turn running out of the device's memory into a CacheError that says how many tokens would fit."""
+def bounded(model: QwenVL, batch: int, max_length: int, *, cache: KVCache | None = None) -> Iterator[None]:
+    """Turn running out of the device's memory into a CacheError that says how many tokens would fit.
+
+    `cache` is what has been allocated for these rows already: it would be given back for a smaller one.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        config, weight = model.config, model.decoder.wte.weight
-        width = config.num_attention_heads * config.kv_channels
-        token = 2 * config.num_hidden_layers * width * weight.dtype.itemsize
-        asked = f"{batch} x {max_length} tokens" if batch > 1 else f"{max_length} tokens"
-        told = f"out of memory on {weight.device}: the cache of {asked} takes {token * batch * max_length / 1e9:.2f} GB"
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # which hold what the failed call had made
     else:
         return
-    # Outside the handler, where the failed call's tensors are let go of.
-    free = _free_bytes(weight.device)
-    if free is not None:
-        told += f" and {free / 1e9:.2f} GB are free, enough for about {max(free // (token * batch), 0)} of them"
-        told += " a row" if batch > 1 else ""
-    raise CacheError(f"{told}; ask for fewer tokens or rows, or load an int4 checkpoint")
+    weight = model.decoder.wte.weight
+    token = _cache_bytes(model)
+    asked = f"{batch} x {max_length} tokens" if batch > 1 else f"{max_length} tokens"
+    told = f"out of memory on {weight.device}: the cache of {asked} takes {token * batch * max_length / 1e9:.2f} GB"
+    if (free := _free_bytes(weight.device)) is not None:
+        held = 0 if cache is None else token * cache.batch * cache.max_length
+        # No more than half of what did not fit, whatever the estimate says: memory may lie in pieces.
+        fitting = min((free + held) // (token + _passing_bytes(model)), batch * max_length // 2)
+        told += f" of the {(free + held) / 1e9:.2f} GB that the weights leave free; about {fitting // batch} tokens"
+        told += f" a row would fit, or {fitting // max_length} rows of as many" if batch > 1 else " would fit"
+    fewer = "tokens or rows" if batch > 1 else "tokens"
+    smaller = ", or load an int4 checkpoint" if model.config.quantization_config is None else ""
+    raise CacheError(f"{told}; ask for fewer {fewer}{smaller}")
+
+
+def _cache_bytes(model: QwenVL) -> int:
+    """What the cache of one token takes: its key and its value in every layer."""
+    config = model.config
+    width = config.num_attention_heads * config.kv_channels
+    return 2 * config.num_hidden_layers * width * model.decoder.wte.weight.dtype.itemsize
+
+
+def _passing_bytes(model: QwenVL) -> int:
+    """What a prompt's token takes on its way through a block, roughly: its states, some of them in float32, and the
+    MLP's inner ones, of which the two projections and their product are there at once.
+    """
+    config = model.config
+    return (12 * config.hidden_size + 4 * config.mlp_width) * model.decoder.wte.weight.dtype.itemsize
 
 
 def _free_bytes(device: torch.device) -> int | None:

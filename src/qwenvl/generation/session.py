@@ -74,11 +74,11 @@ def start(
     # Features of pictures that stay in the conversation are kept, others dropped.
     skipped = sum(sign == config.visual.image_start_id for sign in signs[:kept])
     new = dict(images[skipped:])
-    if missing := [hash_ for hash_ in new if hash_ not in session.features]:
-        encoded = model.encode_images(torch.stack([new[hash_] for hash_ in missing]))
-        session.features |= dict(zip(missing, encoded, strict=True))
-    session.features = {hash_: session.features[hash_] for hash_, _ in images if hash_ in session.features}
-    with bounded(model, 1, cache.max_length):
+    with bounded(model, 1, cache.max_length, cache=cache):
+        if missing := [hash_ for hash_ in new if hash_ not in session.features]:
+            encoded = model.encode_images(torch.stack([new[hash_] for hash_ in missing]))
+            session.features |= dict(zip(missing, encoded, strict=True))
+        session.features = {hash_: session.features[hash_] for hash_, _ in images if hash_ in session.features}
         logits = prefill(
             model,
             cache,

@@ -271,7 +271,7 @@ def by_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
-    """Refuse group numbers that have no scale, before a kernel reads beyond the scales, and a shuffle nobody spoke of."""
+    """Refuse group numbers that have no scale, before a kernel reads beyond the scales, and an unannounced shuffle."""
     assert config.quantization_config is not None
     groups, size = config.quantization_config.groups(len(g_idx)), config.quantization_config.group_size
     if g_idx.min() < 0 or g_idx.max() >= groups:
@@ -279,8 +279,8 @@ def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
     shuffled = groups > 1 and not torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype) // size)
     if shuffled and not config.quantization_config.desc_act:
         raise CheckpointError(
-            f"{entry.ours} is not in groups of {size} in order, but config.json has desc_act false: one of the two is not "
-            "this checkpoint's; fetch both again"
+            f"{entry.ours} does not take its inputs in groups of {size} in order, but config.json has desc_act false: "
+            "the one is not the other's; fetch both again, or set desc_act to true if the groups are meant to be so"
         )
 
 
