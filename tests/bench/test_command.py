@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from commands import outside
 
 from qwenvl import cli, loading
 from qwenvl.bench import conductor, report
-from qwenvl.bench.figures import Event, Facts, Figure
+from qwenvl.bench.command import EPILOG
+from qwenvl.bench.figures import TARGETS, Event, Facts, Figure
 from qwenvl.bench.jobs import Job
 from qwenvl.bench.plan import FULL, PARTS, TINY
 
@@ -196,3 +198,21 @@ def test_help_names_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert ", ".join(PARTS).replace(" ", "").replace("-", "") in "".join(out.split()).replace("-", "")
     assert "Without a GPU" in out
+
+
+def test_the_documents_commands() -> None:
+    """Every `qwenvl bench` that docs/benchmark.md and the help name is one that the parser takes."""
+    document = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    lines = re.findall(r"qwenvl (bench\b[^#`\n]*)", document + EPILOG)
+    assert len(lines) > 10
+    for line in lines:
+        cli._parser().parse_args(line.strip(" ,.:;").split())
+
+
+def test_the_documents_bars() -> None:
+    """The table of docs/benchmark.md has the numbers that figures are held against."""
+    document = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:-1] for row in document.splitlines() if "unmeasured |" in row]
+    told = {tuple(re.findall(r"\d[\d.]*", published + bar + aim)) for _, published, bar, aim, _ in rows}
+    held = {tuple(f"{x:g}" for x in (t.published, t.bar, t.aim) if x) for t in TARGETS.values() if t.published}
+    assert {tuple(f"{float(x):g}" for x in row) for row in told} == held | {("9",), ("55",), ("15",)}
