@@ -67,7 +67,8 @@ def test_every_part_has_its_figures(model: QwenVL) -> None:
     assert longest.details["bytes_per_step"] == stepping(CONFIG, 4, 1, 250 + 17 / 2).bytes
 
 
-def test_out_of_memory_says_what_would_fit(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["cache", "prefill"])
+def test_out_of_memory_says_what_would_fit(model: QwenVL, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """One line for the batch that does not fit; those before and after it are measured."""
     allocate = KVCache.allocate.__func__  # type: ignore[attr-defined]
 
@@ -77,7 +78,15 @@ def test_out_of_memory_says_what_would_fit(model: QwenVL, monkeypatch: pytest.Mo
         cache: KVCache = allocate(KVCache, config, batch, *rest)
         return cache
 
-    monkeypatch.setattr(KVCache, "allocate", full)
+    def full_prefill(model: QwenVL, cache: KVCache, *rest: torch.Tensor, **images: torch.Tensor) -> torch.Tensor:
+        if cache.batch == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return prefill(model, cache, *rest, **images)
+
+    if where == "cache":
+        monkeypatch.setattr(KVCache, "allocate", full)
+    else:
+        monkeypatch.setattr(measure, "prefill", full_prefill)
     events = list(measure_model(subject(model), PLAN, 60))
     (missing,) = (event for event in events if isinstance(event, Missing))
     assert (missing.part, missing.failed) == ("batch", True)

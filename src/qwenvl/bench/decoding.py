@@ -49,25 +49,18 @@ class TimedStepper(Stepper):
         begin = self.device.now()
         try:
             if self.compiled:  # packed weights choose and pack in their first call, which cannot be compiled
-                self._try(self.model.decoder.step, bucket)
+                self.model.decoder.step(self._ids, self.cache.bucket(bucket))
             if self.cache.keys.is_cuda:
                 replay = super()._capture(bucket)
             else:
-                self._try(self.step, bucket)
                 replay = partial(self.step, self._ids, self.cache.bucket(bucket))
+                replay()
         except Exception as error:
             self.failure = error
             raise
         self.capture_seconds += self.device.now() - begin
         self.captured += 1
         return replay
-
-    @torch.no_grad()
-    def _try(self, step: Callable[[Tensor, KVCache], Tensor], bucket: int) -> None:
-        """Take a step that does not count; the next one writes the same into the cache again."""
-        lengths = self.cache.lengths.clone()
-        step(self._ids, self.cache.bucket(bucket))
-        self.cache.lengths.copy_(lengths)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from ..generation.batch import generate_batch
 from ..generation.decode import prefill
 from ..generation.room import allocate, bounded
 from ..generation.sampling import SamplingOptions
-from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from .decoding import Stretch, TimedStepper, longest_run
 from .device import Device, Timing, timed
@@ -235,8 +234,8 @@ def _behind_a_picture(
 ) -> tuple[Stretch, Stretch]:
     """Decode `tokens` by `run`, from a cache of its own."""
     ids, model = subject.prompt(subject.span), subject.model
-    with bounded(model, 1, subject.span + tokens):
-        cache = allocate(model, 1, subject.span + tokens)
+    cache = allocate(model, 1, subject.span + tokens)
+    with bounded(model, 1, subject.span + tokens, cache=cache):
         logits = prefill(model, cache, ids, pixels=subject.pixels(subject.device.torch))
         stepper = TimedStepper(model, cache, subject.device, backend=backend)
         stretches = run(stepper, logits, ids, tokens - 1)
@@ -250,8 +249,8 @@ def _batch(subject: Subject, plan: Plan, rows: int, seconds: float) -> Iterator[
     """New tokens in several rows at once, behind as much text in each."""
     context = min(plan.batch_context, subject.config.max_position_embeddings - plan.batch_new)
     ids, slots = subject.text(rows, context), context + plan.batch_new
-    with bounded(subject.model, rows, slots):
-        cache: KVCache = allocate(subject.model, rows, slots)
+    cache = allocate(subject.model, rows, slots)
+    with bounded(subject.model, rows, slots, cache=cache):
         logits = prefill(subject.model, cache, ids)
         stepper = TimedStepper(subject.model, cache, subject.device)
         first, run = longest_run(stepper, logits, ids, plan.batch_new - 1, seconds=seconds, most=0)
