@@ -42,8 +42,8 @@ format: $(READY) ## put the formatting right
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
-bench: $(READY) ## time against a plain eager formulation of the reference
-	$(RUN) bench/compare_eager.py
+bench: $(READY) ## speed and memory, beside the device's limits: minutes on a GPU, small sizes without one
+	$(RUN) -m qwenvl.cli bench
 
 train-tiny: $(READY) ## train the small model, or go on with it, in build/train-tiny (MINUTES=8 stops after as many)
 	$(RUN) -m qwenvl.training.recipes.tiny --out build/train-tiny $(if $(MINUTES),--max-minutes $(MINUTES))

@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/tutorial.md",
     "docs/training.md",
     "docs/quantization.md",
+    "docs/benchmark.md",
     "docs/small-model.md",
     "weights/tiny/README.md",
 )

@@ -96,7 +96,7 @@ def test_auto_dtype_falls_to_bfloat16_where_memory_is_short(
     """On the CPU: float32 if it fits, else bfloat16 with one line that says so (none if quiet)."""
     needed = 4 * sum(parameter.numel() for parameter in QwenVL(small_config()).parameters())
     for free, dtype, lines in ((needed + 1, torch.float32, 0), (None, torch.float32, 0), (needed, torch.bfloat16, 1)):
-        monkeypatch.setattr(loading, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(loading, "free_memory", lambda free=free: free)
         assert qwenvl.load(folder, device="cpu").dtype == dtype
         said = "".join(capsys.readouterr()).splitlines()
         assert len([line for line in said if "bfloat16" in line]) == lines
@@ -274,7 +274,7 @@ def test_a_container_has_less_memory_than_its_host(monkeypatch: pytest.MonkeyPat
     """`dtype="auto"` once looked at the host alone, and the container's limit then killed the process."""
     monkeypatch.setattr(loading, "_container_memory", lambda: 1000)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 99999999 kB\n")
-    assert loading._free_memory() == 1000
+    assert loading.free_memory() == 1000
 
 
 @pytest.mark.parametrize("device", ["meta", "xla"])

@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | bench | demo`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+from .bench import command as bench
 from .errors import ImageError, PromptError, QwenVLError, printable, told
 from .quantization import command as quantization
 from .training import command as training
@@ -54,6 +55,7 @@ EXAMPLES = {
 The destination is written as DESTINATION.partial and renamed when it is whole. If the run is stopped, run it again.""",
     "quantize": quantization.EPILOG,
     "train": training.EPILOG,
+    "bench": bench.EPILOG,
     "demo": """example:
   qwenvl demo --out demo-out""",
 }
@@ -152,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", training.run, "Fine-tune on conversations about pictures: all weights, LoRA or QLoRA.")
     training.add_arguments(train)
+
+    timing = command("bench", bench.run, "Measure speed and memory, beside what the device could do.")
+    bench.add_arguments(timing)
 
     demo = command("demo", _demo, "Run the whole path on a picture that is drawn here.", _model)
     demo.add_argument("--out", default="demo-out", help="folder for the pictures (default: %(default)s)")

@@ -1,7 +1,9 @@
 """From a checkpoint's name to a pipeline.
 
-load            resolve the name, build the model on the meta device, adapt it, and put the tensors in one by one
+load            resolve the name, build the model, and put the checkpoint's tensors in one by one
+build           a model as it is run on a device, from whoever has its tensors
 choose_device   where it is put
+free_memory     how much there is for it
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
 from .adapt.packed_cpu import table_bytes
-from .config import GenerationConfig
+from .config import GenerationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
 from .model.qwenvl import QwenVL
@@ -74,25 +77,43 @@ def load(
             f"{folder}: visual.image_start_id is {config.visual.image_start_id} in config.json, but <img> is "
             f"{tokenizer.image_start_id} in {VOCABULARY_FILE}"
         )
-    with torch.device("meta"):
-        model = QwenVL(config)
-        if config.quantization_config is not None:
-            quantize_structure(model, config)
-    laid_out = columns_first(model, dtype, device)
-    try:
+
+    def fill(model: QwenVL, laid_out: frozenset[str]) -> None:
         load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
         if adapter is not None:
             load_adapter(model, adapter, merge=config.quantization_config is None)
-        if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
-            fuse(model)
-        arrange(model, quiet=quiet)
+
+    try:
+        model = build(config, dtype, device, fill, quiet=quiet)
     except torch.OutOfMemoryError as error:  # there was room at first: it lies in pieces, or was taken meanwhile
-        del model
         traceback.clear_frames(error.__traceback__)  # which hold what was loaded
         torch.cuda.empty_cache()
         raise _no_room(dtype, device, checkpoint) from None
     font = folder / FONT_FILE
-    return Pipeline(model.eval(), tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
+    return Pipeline(model, tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
+
+
+def build(
+    config: QwenVLConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Callable[[QwenVL, frozenset[str]], None],
+    *,
+    quiet: bool = False,
+) -> QwenVL:
+    """A model in eval mode, made on the meta device, adapted to its weights and to the device that it is to run on.
+
+    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`).
+    """
+    with torch.device("meta"):
+        model = QwenVL(config)
+        if config.quantization_config is not None:
+            quantize_structure(model, config)
+    fill(model, columns_first(model, dtype, device))
+    if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
+        fuse(model)
+    arrange(model, quiet=quiet)
+    return model.eval()
 
 
 def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
@@ -123,7 +144,7 @@ def _gb(count: int) -> str:
 
 
 def _told_free_memory() -> str:
-    free = _free_memory()
+    free = free_memory()
     return "what the machine has" if free is None else _gb(free)
 
 
@@ -168,7 +189,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
     if device.type == "mps":
         return torch.float16
     needed = _bytes_as(torch.float32, checkpoint, arranged=True)
-    free = _free_memory()
+    free = free_memory()
     if free is None or needed < free:
         return torch.float32
     if not quiet:
@@ -180,7 +201,7 @@ def _choose_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint: Ch
     return torch.bfloat16
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes that new allocations can get without swapping; None where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

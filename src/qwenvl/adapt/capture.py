@@ -36,10 +36,13 @@ class Stepper:
     On CUDA the result is the graph's own memory: the next call writes over it. Everywhere else, in training mode and
     once a capture has failed (`captures` is false then), a step is the model's `forward`. A Stepper is for the cache
     and the weights that it was made with, where they are.
+
+    `step` is what is captured: `Decoder.step`, or a function that computes the same.
     """
 
     def __init__(self, model: QwenVL, cache: KVCache) -> None:
         self.model, self.cache = model, cache
+        self.step: Callable[[Tensor, KVCache], Tensor] = model.decoder.step
         self.captures = cache.keys.is_cuda and not model.training and not GRAPHS.failed
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None  # memory that the graphs share, since only one runs at a time
@@ -89,12 +92,12 @@ class Stepper:
             aside.wait_stream(torch.cuda.current_stream(device))
             try:
                 with torch.cuda.stream(aside):
-                    self.model.decoder.step(self._ids, view)
+                    self.step(self._ids, view)
             finally:
                 torch.cuda.current_stream(device).wait_stream(aside)
             # Other threads may go on using the device meanwhile: what they do is not for this capture to forbid.
             with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-                logits = self.model.decoder.step(self._ids, view)
+                logits = self.step(self._ids, view)
         self._pool = graph.pool()
 
         def replay() -> Tensor:

@@ -225,8 +225,12 @@ class PackedLinear(nn.Module):
 
     def _triton(self) -> ModuleType | None:
         """The kernels, if Triton is there (it comes with torch for CUDA) and these scales are exact in them."""
-        if self.scales.dtype != torch.float16:
+        if self.scales.dtype != torch.float16 or TRITON.failed:
             return None
+        if torch.compiler.is_compiling():  # which does not see through `import_module`, and comes after a first call
+            from . import packed_triton
+
+            return packed_triton
         return TRITON(lambda: importlib.import_module(".packed_triton", __package__))
 
     def _reordered(self, inputs: Tensor) -> Tensor:
@@ -250,8 +254,10 @@ class PackedLinear(nn.Module):
 
     def _made(self, name: str, source: Tensor, make: Callable[[], T]) -> T:
         """What was made from a buffer, as long as it is that buffer, unwritten; else made now."""
-        version = 0 if source.is_inference() else source._version
         known = self._kept.get(name)
+        if known is not None and torch.compiler.is_compiling():  # which knows no versions, and runs after a first call
+            return known[2]  # type: ignore[no-any-return]
+        version = 0 if source.is_inference() else source._version
         if known is None or known[0] is not source or known[1] != version:
             known = self._kept[name] = source, version, make()
         made: T = known[2]

@@ -1,0 +1,1 @@
+"""How fast the model runs on this machine, and how far that is from what the machine could do."""

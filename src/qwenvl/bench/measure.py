@@ -1,0 +1,277 @@
+"""What is measured on one model, part by part: encoding, prefill, the first token, decoding, batches, compiled steps.
+
+Subject         a model, where it is, and what the device can do
+measure_model   the parts that need no more than the model, within a number of seconds
+compiled        the part that compiles steps, which is done by itself
+guarded         a part whose failure takes no other with it
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapt.capture import BUCKET
+from ..config import QwenVLConfig
+from ..errors import QwenVLError
+from ..generation.batch import generate_batch
+from ..generation.decode import prefill
+from ..generation.room import allocate, bounded
+from ..generation.sampling import SamplingOptions
+from ..model.qwenvl import QwenVL
+from .decoding import Stretch, TimedStepper, longest_run
+from .device import Device, Timing, timed
+from .figures import Event, Figure, Missing
+from .plan import COMPARISONS, Budget, Plan
+from .roofline import Limits, Work, encoding, prefilling, stepping
+
+EXPECTED_RATE = 130.0  # tokens a second, by which decoding runs share the time with the other parts
+LONGEST = 200  # characters of an error: some compilers tell stories
+Measurement = Callable[[float], Iterator[Event]]  # what is measured in so many seconds
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured. name: "int4" where the decoder's weights are packed, else the dtype."""
+
+    model: QwenVL
+    device: Device
+    limits: Limits
+    name: str
+
+    @property
+    def config(self) -> QwenVLConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation, and of a weight that is not packed."""
+        return self.model.decoder.wte.weight.dtype.itemsize
+
+    @property
+    def span(self) -> int:
+        """Ids of one picture with its tags."""
+        return self.config.visual.n_queries + 2
+
+    def text(self, rows: int, tokens: int) -> Tensor:
+        """Random ids [B,T] without a picture."""
+        ordinary = min(self.config.visual.image_start_id, self.config.vocab_size)
+        return torch.randint(0, ordinary, (rows, tokens), device=self.device.torch)
+
+    def prompt(self, tokens: int) -> Tensor:
+        """Ids [1,T] of a picture and random text behind it."""
+        picture = torch.tensor([picture_ids(self.config)], device=self.device.torch)
+        return torch.cat((picture, self.text(1, tokens - self.span)), dim=1)
+
+    def pixels(self, device: torch.device | str) -> Tensor:
+        """One picture [1,3,S,S] as `preprocess` gives it, on the host or already on the device."""
+        size = self.config.visual.image_size
+        return torch.randn(1, 3, size, size, device="cpu").to(device)
+
+    def milliseconds(self, part: str, name: str, timing: Timing, *steps: Work) -> Figure:
+        """What repeats took, beside the least that they could."""
+        return Figure(
+            part,
+            self.name,
+            name,
+            round(1e3 * timing.median, 3),
+            "ms",
+            limit=round(1e3 * self.limits.seconds(*steps), 3),
+            limited_by=self.limits.binding(*steps),
+            warm_up=round(timing.first, 4),
+            details={"runs": timing.runs},
+        )
+
+    def rate(self, part: str, name: str, rows: int, first: Stretch, run: Stretch, note: str = "") -> Figure:
+        """Tokens a second of all rows, captures and first steps apart, beside the most that it could be."""
+        work = stepping(self.config, self.width, rows, run.context)
+        least, whole = self.limits.seconds(work), run.steps == run.wanted
+        captures = first.capture_seconds + run.capture_seconds
+        on_gpu = self.device.torch.type == "cuda"
+        eager = "steps were not captured as CUDA graphs" if on_gpu and not run.captured else ""
+        shortened = f"{run.steps} of {run.wanted} steps, from {run.begin} tokens on"
+        return Figure(
+            part,
+            self.name,
+            name,
+            round(rows / run.step_seconds, 2),
+            "tok/s",
+            limit=round(rows / least, 2) if least else 0.0,
+            limited_by=self.limits.binding(work),
+            warm_up=round(first.seconds + captures, 3),
+            note="; ".join(filter(None, (note, "" if whole else shortened, eager))),
+            details={
+                "steps": run.steps,
+                "steps_wanted": run.wanted,
+                "context_from": run.begin,
+                "bytes_per_step": round(work.bytes),
+                "step_ms": round(1e3 * run.step_seconds, 4),
+                "graphs": first.graphs + run.graphs,
+                "capture_s": round(captures, 3),
+            },
+            whole=whole,
+        )
+
+    def peak(self, part: str, name: str) -> Iterator[Figure]:
+        """The most memory that was allocated since the device's last `release`, where that is counted."""
+        if (peak := self.device.peak()) is not None:
+            allocated, reserved = (round(count / 1e9, 3) for count in peak)
+            yield Figure(part, self.name, f"peak memory, {name}", allocated, "GB", details={"reserved_GB": reserved})
+
+
+def picture_ids(config: QwenVLConfig) -> list[int]:
+    """A picture's span, tags included."""
+    vision = config.visual
+    return [vision.image_start_id, *[vision.image_pad_id] * vision.n_queries, vision.image_end_id]
+
+
+def measure_model(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
+    """Figures of all parts of the plan that need no more than the model, and before each what it is."""
+    parts = list(_parts(subject, plan))
+    budget = Budget(seconds, [weight for *_, weight, _ in parts], subject.device.clock)
+    for part, name, _, measurement in parts:
+        yield f"{subject.name}: {name}"
+        subject.device.release()
+        yield from guarded(part, subject.name, partial(measurement, budget.share()))
+
+
+def _parts(subject: Subject, plan: Plan) -> Iterator[tuple[str, str, float, Measurement]]:
+    """Part, name, weight and measurement, the longest last: what is short is measured whatever the time."""
+    if "encode" in plan.parts:
+        yield "encode", "encode", 2, partial(_encode, subject, plan)
+    if "prefill" in plan.parts:
+        yield "prefill", "prefill", 4, partial(_prefill, subject, plan)
+    if "first-token" in plan.parts:
+        yield "first-token", "first token", 2, partial(_first_token, subject, plan)
+    for rows in plan.rows if "batch" in plan.parts else ():
+        yield "batch", f"batch of {rows}", 3, partial(_batch, subject, plan, rows)
+    room = subject.config.max_position_embeddings - subject.span
+    for tokens in sorted({min(tokens, room) for tokens in plan.decode}) if "decode" in plan.parts else ():
+        yield "decode", f"decode {tokens}", 4 + tokens / EXPECTED_RATE, partial(_decode, subject, plan, tokens)
+
+
+def guarded(part: str, subject: str, measurement: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+    """The measurement's events; one more where it fails, and no error. A bug's traceback goes to stderr."""
+    try:
+        yield from measurement()
+    except Exception as error:  # the other parts are worth their time, whatever it is
+        if isinstance(error, QwenVLError):
+            reason = str(error)
+        else:
+            if part not in COMPARISONS:
+                traceback.print_exc(file=sys.stderr)
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            told = " ".join(str(error).split())[:LONGEST] or "no reason given"
+            reason = f"{type(error).__name__}: {told} ({Path(frame.filename).name}, line {frame.lineno})"
+        yield Missing(part, subject, reason, failed=part not in COMPARISONS)
+
+
+@torch.no_grad()
+def _encode(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
+    """One picture to its visual tokens, from pixels that are on the device."""
+    pixels = subject.pixels(subject.device.torch)
+    timing = timed(lambda: subject.model.encode_images(pixels), subject.device, runs=plan.repeats, seconds=seconds)
+    yield subject.milliseconds("encode", "encode one image", timing, encoding(subject.config, subject.width))
+
+
+@torch.no_grad()
+def _prefill(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
+    """A prompt with a picture to the logits behind it: with the encoding, and from features."""
+    tokens = min(max(plan.prefill, subject.span + 1), subject.config.max_position_embeddings - 1)
+    model, device, config, width = subject.model, subject.device, subject.config, subject.width
+    ids, pixels = subject.prompt(tokens), subject.pixels(device.torch)
+    generate_batch(model, ids, SamplingOptions(max_new_tokens=1), pixels=pixels)
+    yield from subject.peak("prefill", f"prefill {tokens}")
+
+    cache, features = allocate(model, 1, tokens), model.encode_images(pixels)
+
+    def run(**image: Tensor) -> None:
+        cache.rewind([0])
+        prefill(model, cache, ids, **image)
+
+    decoder = prefilling(config, width, tokens)
+    for name, image, steps in (
+        (f"prefill {tokens} with an image", {"pixels": pixels}, (encoding(config, width), decoder)),
+        (f"prefill {tokens}, image encoded before", {"image_features": features}, (decoder,)),
+    ):
+        timing = timed(partial(run, **image), device, runs=plan.repeats, seconds=seconds / 2)
+        yield subject.milliseconds("prefill", name, timing, *steps)
+
+
+def _first_token(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
+    """From a picture's pixels on the host to the first id there, a cache for it included."""
+    ids, pixels = subject.prompt(subject.span), subject.pixels("cpu")
+    run = partial(generate_batch, subject.model, ids, SamplingOptions(max_new_tokens=1), pixels=pixels)
+    timing = timed(run, subject.device, runs=plan.repeats, seconds=seconds)
+    steps = encoding(subject.config, subject.width), prefilling(subject.config, subject.width, subject.span)
+    yield subject.milliseconds("first-token", "first token behind an image", timing, *steps)
+
+
+def _decode(subject: Subject, plan: Plan, tokens: int, seconds: float) -> Iterator[Event]:
+    """New tokens behind one picture, one row; and the memory that it took."""
+    run = partial(longest_run, seconds=seconds, most=plan.most_steps)
+    yield subject.rate("decode", f"decode {tokens}", 1, *_behind_a_picture(subject, tokens, run))
+    yield from subject.peak("decode", f"decode {tokens}")
+
+
+@torch.no_grad()
+def _behind_a_picture(
+    subject: Subject,
+    tokens: int,
+    run: Callable[[TimedStepper, Tensor, Tensor, int], tuple[Stretch, Stretch]],
+    backend: str = "",
+) -> tuple[Stretch, Stretch]:
+    """Decode `tokens` by `run`, from a cache of its own."""
+    ids, model = subject.prompt(subject.span), subject.model
+    cache = allocate(model, 1, subject.span + tokens)
+    with bounded(model, 1, subject.span + tokens, cache=cache):
+        logits = prefill(model, cache, ids, pixels=subject.pixels(subject.device.torch))
+        stepper = TimedStepper(model, cache, subject.device, backend=backend)
+        stretches = run(stepper, logits, ids, tokens - 1)
+    if backend and stepper.failure is not None:  # what was timed then is not what was asked for
+        raise stepper.failure
+    return stretches
+
+
+@torch.no_grad()
+def _batch(subject: Subject, plan: Plan, rows: int, seconds: float) -> Iterator[Event]:
+    """New tokens in several rows at once, behind as much text in each."""
+    context = min(plan.batch_context, subject.config.max_position_embeddings - plan.batch_new)
+    ids, slots = subject.text(rows, context), context + plan.batch_new
+    cache = allocate(subject.model, rows, slots)
+    with bounded(subject.model, rows, slots, cache=cache):
+        logits = prefill(subject.model, cache, ids)
+        stepper = TimedStepper(subject.model, cache, subject.device)
+        first, run = longest_run(stepper, logits, ids, plan.batch_new - 1, seconds=seconds, most=0)
+    yield subject.rate("batch", f"batch of {rows}, {context} + {plan.batch_new} tokens", rows, first, run)
+
+
+def compiled(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
+    """Decoding behind a picture to the end of a bucket, with steps as they are and compiled by `torch.compile`.
+
+    Neither has an effect on other parts: this one has a process of its own.
+    """
+    compiler = os.environ.get("CXX", "g++" if subject.device.torch.type == "cpu" else "gcc")
+    if shutil.which(compiler) is None:
+        yield Missing("compile", subject.name, f"torch.compile needs a compiler, and there is no {compiler}", False)
+        return
+    tokens = BUCKET - subject.span % BUCKET
+    longest = partial(longest_run, seconds=seconds / 3, most=plan.most_steps)
+    first, run = _behind_a_picture(subject, tokens, longest)
+    yield subject.rate("compile", f"decode {tokens}, not compiled", 1, first, run)
+    subject.device.release()
+    longest = partial(longest_run, seconds=math.inf, most=run.steps)  # compiling takes as long as it takes
+    first, new = _behind_a_picture(subject, tokens, longest, "inductor")
+    note = f"{run.step_seconds / new.step_seconds:.2f} times as fast as not compiled"
+    yield subject.rate("compile", f"decode {tokens}, compiled", 1, first, new, note)
