@@ -26,7 +26,7 @@ class AttentionContext:
     cos: Tensor  # [B,1,T,1,D] float32
     sin: Tensor
     logn: Tensor | None  # [B,T,1,1] in the activations' dtype
-    mask: Tensor | None  # [1 or B,1,T,bucket] bool, true where a query may look
+    mask: Tensor | None  # [1 or B,1,T,bucket] bool, true where a query may look; in a `step`, 0 there and else -inf
     causal: bool  # query t looks at keys 0..t, and no mask is needed to say so
     cache: KVCache | None
     slots: Slots | None  # where this forward's keys go
@@ -41,7 +41,7 @@ class AttentionContext:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: in float32, cast back, then multiplied by the weight, in the reference's order."""
+    """Root-mean-square norm: in float32 within torch, cast back, then multiplied by the weight: the reference's order."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,C] to [...,C]."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -175,8 +175,10 @@ class Decoder(nn.Module):
         positions = cache.lengths.clamp(max=bucket - 1)[:, None]  # [B,1]
         rows = torch.arange(cache.batch, device=ids.device)[:, None]
         slots: Slots = positions[0] if cache.batch == 1 else (rows, torch.zeros_like(rows), positions)
-        mask = torch.arange(bucket, device=ids.device) <= positions[:, None, :, None]
         x = self.wte(ids[:, None])
+        # Not bool: every layer's attention would make this of it anew.
+        hidden = torch.arange(bucket, device=ids.device) > positions[:, None, :, None]
+        mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf)
         turns = self._turns(positions, cache.frequencies, bucket, x.dtype)
         context = AttentionContext(*turns, mask, False, cache, slots, bucket)
         for layer, block in enumerate(self.blocks):

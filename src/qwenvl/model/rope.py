@@ -43,10 +43,9 @@ def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel i against channel i + D/2: x cos + (-x2, x1) sin, the "half-split" form. x and result [B,2,T,H,D].
 
-    Computed in float32 and cast back, as in the reference.
+    Computed in float32, which the tables are, and cast back, as in the reference.
     """
-    y = x.float()
-    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 def logn_factors(positions: Tensor, seq_length: int) -> Tensor:
