@@ -41,7 +41,7 @@ class AttentionContext:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: in float32 within torch, cast back, then multiplied by the weight: the reference's order."""
+    """Root-mean-square norm: in float32 (torch sees to it), cast back, then multiplied, in the reference's order."""
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
