@@ -23,6 +23,7 @@ from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
 from .adapt.packed_cpu import table_bytes
+from .adapt.split import split_attention
 from .config import GenerationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
@@ -112,6 +113,7 @@ def build(
     fill(model, columns_first(model, dtype, device))
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
+        split_attention(model)
     arrange(model, quiet=quiet)
     return model.eval()
 

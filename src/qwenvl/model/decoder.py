@@ -6,7 +6,7 @@ padding that a causal mask already hides. `qwenvl.py` aligns them on the way in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class Attention(nn.Module):
 
     def __init__(self, *, width: int, heads: int, head_size: int) -> None:
         super().__init__()
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.heads, self.head_size = heads, head_size
         self.c_attn = nn.Linear(width, 3 * heads * head_size)
         self.c_proj = nn.Linear(heads * head_size, width, bias=False)
@@ -81,7 +82,7 @@ class Attention(nn.Module):
             key, value = context.cache.append(layer, key, value, context.slots, context.bucket)
         if maps is None:
             # The fused kernels keep the softmax in float32; the reference runs it in the activations' dtype.
-            mixed = F.scaled_dot_product_attention(query, key, value, context.mask, is_causal=context.causal)
+            mixed = self.attend(query, key, value, context.mask, is_causal=context.causal)
         else:
             scores = query @ key.transpose(-1, -2) * self.head_size**-0.5
             scores = scores.float().masked_fill(~context.visible(*scores.shape[-2:]), -torch.inf)
