@@ -113,6 +113,7 @@ def build(
     fill(model, columns_first(model, dtype, device))
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
+        torch.cuda.empty_cache()  # of the halves, which are too small for what is allocated next
         split_attention(model)
     arrange(model, quiet=quiet)
     return model.eval()
@@ -120,7 +121,10 @@ def build(
 
 def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
     """Refuse what a GPU cannot hold before the first byte is read. Raises ConfigError."""
-    if device.type == "cuda" and _bytes_as(dtype, checkpoint) > torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()  # of a model that was dropped, which would be counted as taken
+    if _bytes_as(dtype, checkpoint) > torch.cuda.mem_get_info(device)[0]:
         raise _no_room(dtype, device, checkpoint)
 
 
@@ -157,7 +161,8 @@ def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = Fa
         if entry.kind == "float":
             needed += dtype.itemsize * math.prod(entry.our_shape)
         elif arranged and quantization is not None and entry.ours.endswith(".qweight"):
-            needed += table_bytes(entry.our_shape[0] * quantization.per_word, entry.our_shape[1])
+            inputs = entry.our_shape[0] * quantization.per_word
+            needed += table_bytes(inputs, entry.our_shape[1], quantization.groups(inputs))
         else:
             needed += checkpoint.at(entry).bytes
     return needed

@@ -106,12 +106,13 @@ def test_which_way(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_prompt_is_not_unpacked_from_words() -> None:
-    """The table alone is there, at a byte and an eighth for each weight: a CPU holds no weight twice."""
+    """The table alone is there, at a byte and a twelfth for each weight: a CPU holds no weight twice."""
     layer = arranged(inputs=256, outputs=192)
     assert layer.qweight.numel() == 0
     table = layer._table
     assert table is not None
-    assert table.rows.nbytes <= 1.125 * 256 * 192
+    assert table.scales.nbytes == 2 * 192 * 4
+    assert table.rows.nbytes == packed_cpu.table_bytes(256, 192, 2) - 2 * 192 * 4
     assert layer(torch.randn(CPU_ROWS + 1, 256)).isfinite().all()
     assert layer._table is table
 

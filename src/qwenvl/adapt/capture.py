@@ -46,7 +46,8 @@ class Stepper:
         self.captures = cache.keys.is_cuda and not model.training and not GRAPHS.failed
         self._graphs: dict[int, Callable[[], Tensor]] = {}
         self._pool: Any = None  # memory that the graphs share, since only one runs at a time
-        self._ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
+        with torch.inference_mode(False):  # it is written to later, also where that mode is not on
+            self._ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, going: Tensor | None = None) -> Tensor:

@@ -47,6 +47,10 @@ class FusedSwiGLU(nn.Module):
         mixed: Tensor = self.c_proj(value * F.silu(gate))
         return mixed
 
+    def _apply(self, fn: Any, recurse: Any = True) -> Any:  # noqa: ANN401 - as torch declares it: `.to` and the like
+        self._both.clear()  # which would keep the memory that the halves leave
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
 
 def fuse(model: QwenVL) -> None:
     """Fuse the MLPs of a loaded model, in place, layer by layer; those whose projections do not fit together stay."""
@@ -60,14 +64,15 @@ def _fit(w1: nn.Module, w2: nn.Module) -> bool:
     if type(w1) is not type(w2):
         return False
     if isinstance(w1, PackedLinear) and isinstance(w2, PackedLinear):
-        return torch.equal(w1.g_idx, w2.g_idx)  # act-order may have shuffled them differently
+        # Act-order may have shuffled them differently; and what is arranged for a CPU holds no words.
+        return torch.equal(w1.g_idx, w2.g_idx) and w1.qweight.numel() == w2.qweight.numel() > 0
     return type(w1) is nn.Linear
 
 
 @torch.no_grad()
 def _joined(w1: nn.Module, w2: nn.Module) -> nn.Module:
     """One module for both, whose memory they have from then on."""
-    both = copy.deepcopy(w1)
+    both = copy.deepcopy(w1, {id(old): old for old in (*w1.parameters(), *w1.buffers())})  # these are replaced below
     both.out_features = 2 * w1.out_features  # type: ignore[assignment, operator]
     for name, dim in OUTPUTS.items():
         old: Any = getattr(w1, name, None)

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..model.qwenvl import QwenVL
 from ..weights.folder import few
 from ..weights.keymap import entries
-from .int4 import Int4Linear
+from .packed import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class LoraOptions:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear, plain or packed to 4 bits, and the low-rank correction that is trained beside it.
+    """A frozen linear, plain or packed, and the low-rank correction that is trained beside it.
 
     `base` is the linear itself, `lora_A` [r, in] and `lora_B` [out, r] are float32 whatever its dtype: a step of AdamW
     is often smaller than half the distance between two neighbouring bfloat16 numbers, and would be rounded away.
     """
 
-    def __init__(self, base: nn.Linear | Int4Linear, options: LoraOptions) -> None:
+    def __init__(self, base: nn.Linear | PackedLinear, options: LoraOptions) -> None:
         super().__init__()
         self.base, self.options = base, options
         self.in_features, self.out_features = base.in_features, base.out_features
-        device = base.qweight.device if isinstance(base, Int4Linear) else base.weight.device
+        device = base.qweight.device if isinstance(base, PackedLinear) else base.weight.device
         # Drawn on the CPU, so that one seed gives the same adapters on every device. B is zero: training begins at W.
         initial = torch.empty(options.r, base.in_features, device="cpu")
         nn.init.kaiming_uniform_(initial, a=math.sqrt(5))
@@ -160,7 +160,7 @@ def wrap_linears(model: QwenVL, options: LoraOptions) -> None:
     check_fits(model.config, options)
     for path in target_paths(model.config, options.targets).values():
         base = model.get_submodule(path)
-        assert isinstance(base, (nn.Linear, Int4Linear)), f"{path} is a {type(base).__name__}"
+        assert isinstance(base, (nn.Linear, PackedLinear)), f"{path} is a {type(base).__name__}"
         put_module(model, path, LoraLinear(base, options))
 
 
@@ -189,9 +189,9 @@ def add_lora(model: QwenVL, options: LoraOptions) -> None:
 def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise ConfigError if one of the linears at `paths`, adapted or not yet, is packed."""
     modules = [model.get_submodule(path) for path in paths]
-    if any(isinstance(m.base if isinstance(m, LoraLinear) else m, Int4Linear) for m in modules):
+    if any(isinstance(m.base if isinstance(m, LoraLinear) else m, PackedLinear) for m in modules):
         raise ConfigError(
-            "an adapter cannot be merged into weights that are packed to 4 bits: keep it beside them, or load it over "
+            "an adapter cannot be merged into weights that are packed to a few bits: keep it beside them, or load it over "
             "the 16-bit checkpoint that they were packed from and merge it there"
         )
 

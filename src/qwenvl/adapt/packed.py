@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import QuantizationConfig
-from ..weights.gptq import dequantize, pack_rows, unpack_rows, zero_points
+from ..weights.gptq import pack_rows, unpack_rows, zero_points
 from . import packed_cpu
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ CPU_ROWS = 64  # from more rows on, the unpacked weight is faster (bench/compare
 TRITON = Kernel("Triton")
 FEW_ROWS = Kernel("the Triton kernel for a few rows of packed weights")
 UNPACKING = Kernel("the Triton kernel that unpacks weights")
-CUDA_ROWS = 32  # in passes of 16: a pass reads half a byte of a 4-bit weight, unpacking it moves four and a half
+CUDA_ROWS = 32  # by counting bytes, not measured: a pass reads half a byte of a 4-bit weight, unpacking moves 4.5
 PASS = 16  # rows that the kernel takes at once
 BLOCK = 2**20  # weights that are unpacked at a time, for which some 14 bytes each are needed on the way
 
@@ -110,16 +110,23 @@ class PackedLinear(nn.Module):
         in float32, where it is exact, and cast: bfloat16 would lose bits of the scale before the product is made.
         """
         computed = torch.float16 if dtype == torch.float16 else torch.float32
-        device, per_word = self.qweight.device, 32 // self.bits
-        weight = torch.empty(self.in_features, self.out_features, dtype=dtype, device=device)
+        weight = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.qweight.device)
         for columns in self._blocks():
             scales = self.scales[:, columns].to(computed)
-            if self._table is not None:
-                weight[:, columns] = packed_cpu.steps(self._table, columns).to(computed).mul_(scales[self.g_idx])
-                continue
-            zeros = self.qzeros[:, columns.start // per_word : columns.stop // per_word]
-            weight[:, columns] = dequantize(self.qweight[:, columns], zeros, scales, self.g_idx).T
+            weight[:, columns] = self._steps(columns).to(computed).mul_(scales[self.g_idx])
         return weight.T
+
+    def _steps(self, columns: slice) -> Tensor:
+        """The codes of some outputs less their zero points, [in, columns]."""
+        if self._table is not None:
+            return packed_cpu.steps(self._table, columns)
+        return unpack_rows(self.qweight[:, columns], self.bits) - self._zeros(columns)
+
+    def _zeros(self, columns: slice) -> Tensor:
+        """The zero points of some outputs, [in, columns]."""
+        per_word = 32 // self.bits
+        words = self.qzeros[:, columns.start // per_word : columns.stop // per_word]
+        return zero_points(words, self.bits)[self.g_idx]
 
     def _blocks(self) -> Iterator[slice]:
         """The outputs, some at a time, so that what is made of them on the way stays small."""
@@ -147,19 +154,19 @@ class PackedLinear(nn.Module):
 
     def _few_rows(self, x: Tensor) -> Tensor | None:
         """The product by a kernel; None if there is none for this device, these rows or these groups."""
-        if x.is_cuda:
-            return self._on_cuda(x)
-        return self._on_cpu(x) if x.device.type == "cpu" else None
+        if x.shape[-1] != self.in_features:  # torch says so below, and it is no kernel's failure
+            return None
+        rows = x.reshape(-1, self.in_features)
+        y = self._on_cuda(rows) if x.is_cuda else self._on_cpu(rows) if x.device.type == "cpu" else None
+        return None if y is None else y.view(*x.shape[:-1], self.out_features)
 
     def arrange(self) -> None:
         """On a CPU, keep the weight in the order in which its kernel reads it, in place of the words.
 
-        It takes a byte and an eighth for each weight. Saving, loading and moving see the words all
-        the same.
+        It takes a byte and a twelfth for each weight. Saving, loading and moving see the words all the same.
         """
         if self._table is None and self.qweight.device.type == "cpu":
-            steps = unpack_rows(self.qweight, self.bits) - zero_points(self.qzeros, self.bits)[self.g_idx]
-            self._table = packed_cpu.arrange(steps, self.scales, self.g_idx, self.bits)
+            self._table = packed_cpu.arrange(self._steps, self.scales, self.g_idx, self.bits)
             if self._table is not None:
                 self.qweight = self.qweight.new_empty(0, self.out_features)
 
@@ -167,30 +174,31 @@ class PackedLinear(nn.Module):
         """What `qweight` is, or was before `arrange`."""
         if self._table is None:
             return self.qweight
-        return pack_rows(packed_cpu.steps(self._table) + zero_points(self.qzeros, self.bits)[self.g_idx], self.bits)
+        return torch.cat([pack_rows(self._steps(part) + self._zeros(part), self.bits) for part in self._blocks()], 1)
 
     @contextmanager
     def _as_words(self) -> Iterator[None]:
         """For a while, hold the words again, so that they can be replaced."""
         arranged = self._table is not None
         self.qweight, self._table = self._words(), None
-        yield
-        if arranged:
-            self.arrange()
+        try:
+            yield
+        finally:
+            if arranged:
+                self.arrange()
 
-    def _on_cpu(self, x: Tensor) -> Tensor | None:
+    def _on_cpu(self, rows: Tensor) -> Tensor | None:
+        """[rows, in] to [rows, out]."""
         table = self._table
-        if table is None or x.numel() > CPU_ROWS * self.in_features:
+        if table is None or not 1 <= len(rows) <= CPU_ROWS:
             return None
-        y = CPU_SUMS(lambda: packed_cpu.multiply(x.reshape(-1, self.in_features).float(), table))
-        if y is None:
-            return None
-        if self._made("bias", self.bias, lambda: bool(self.bias.any())):
+        y = CPU_SUMS(lambda: packed_cpu.multiply(rows.float(), table))
+        if y is not None and self._made("bias", self.bias, lambda: bool(self.bias.any())):
             y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return None if y is None else y.to(rows.dtype)
 
-    def _on_cuda(self, x: Tensor) -> Tensor | None:
-        rows = x.reshape(-1, self.in_features)
+    def _on_cuda(self, rows: Tensor) -> Tensor | None:
+        """[rows, in] to [rows, out]."""
         if not 1 <= len(rows) <= CUDA_ROWS or (kernels := self._triton()) is None or FEW_ROWS.failed:
             return None
         order = self.order()
@@ -207,7 +215,7 @@ class PackedLinear(nn.Module):
                 for part in torch.split(wanted, PASS)
             ]
             y: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return y.view(*x.shape[:-1], self.out_features)
+            return y
 
         return FEW_ROWS(product)
 

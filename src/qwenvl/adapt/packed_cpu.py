@@ -15,12 +15,14 @@ and memory is read from the front to the back; a bag is one group of inputs, who
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK = 96  # outputs in a row of the table: more do not fit the registers, fewer read more beside each weight
+AT_ONCE = 8  # blocks that are arranged at a time, for which some ten bytes a weight are needed on the way
 MIDDLE = {4: 16, 8: 128}  # the byte of a weight that is zero; 4-bit values less their zero point are -16 to 15
 
 
@@ -43,27 +45,29 @@ class Table:
     middle: int
 
 
-def arrange(steps: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Table | None:
-    """The table for steps [in, out] (values less their zero points), scales [groups, out] and groups g_idx [in].
+def arrange(steps_of: Callable[[slice], Tensor], scales: Tensor, g_idx: Tensor, bits: int) -> Table | None:
+    """The table for scales [groups, out], groups g_idx [in] and the steps (values less their zero points) of some
+    outputs at a time, `steps_of(columns)` [in, columns].
 
     None if a step does not fit into a byte: 8 bits whose zero point is not in the middle.
     """
-    middle = MIDDLE[bits]
-    shifted = steps.to(torch.int16) + middle
-    if bits == 8 and (int(shifted.min()) < 0 or int(shifted.max()) > 255):
-        return None
-    (inputs, outputs), groups = shifted.shape, len(scales)
+    middle, inputs, (groups, outputs) = MIDDLE[bits], len(g_idx), scales.shape
     blocks = -(-outputs // BLOCK)
-    rows = torch.empty(blocks, inputs, BLOCK + 8, dtype=torch.uint8)
-    rows[:, :, BLOCK:] = torch.tensor([1.0, -float(middle)]).view(torch.uint8)
-    rows[:, :, :BLOCK] = _in_blocks(shifted.to(torch.uint8), blocks)
+    rows = torch.empty(blocks, inputs, BLOCK + 8, dtype=torch.uint8, device="cpu")
+    rows[:, :, BLOCK:] = torch.tensor([1.0, -float(middle)], device="cpu").view(torch.uint8)
+    for first in range(0, blocks, AT_ONCE):
+        part = rows[first : first + AT_ONCE, :, :BLOCK]
+        shifted = steps_of(slice(first * BLOCK, min((first + AT_ONCE) * BLOCK, outputs))).to(torch.int16) + middle
+        if bits == 8 and (int(shifted.min()) < 0 or int(shifted.max()) > 255):
+            return None
+        part.copy_(_in_blocks(shifted.to(torch.uint8), len(part)))
     order = g_idx.argsort(stable=True)
     plain = bool((g_idx[1:] >= g_idx[:-1]).all())
-    sizes = torch.bincount(g_idx, minlength=groups)
+    sizes, firsts = torch.bincount(g_idx, minlength=groups), torch.arange(blocks, device="cpu") * inputs
     return Table(
         rows=rows.view(-1, BLOCK + 8),
         indices=_all_rows(blocks, inputs) if plain else _all_rows(blocks, inputs).view(blocks, -1)[:, order].flatten(),
-        starts=(torch.arange(blocks)[:, None] * inputs + (sizes.cumsum(0) - sizes)).flatten().int(),
+        starts=(firsts[:, None] + (sizes.cumsum(0) - sizes)).flatten().int(),
         inputs=None if plain else order,
         scales=_in_blocks(scales.float(), blocks).contiguous(),
         out_features=outputs,
@@ -71,9 +75,9 @@ def arrange(steps: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Table | 
     )
 
 
-def table_bytes(inputs: int, outputs: int) -> int:
-    """What the table of a weight [in, out] takes; its scales and indices are small beside it."""
-    return -(-outputs // BLOCK) * inputs * (BLOCK + 8)
+def table_bytes(inputs: int, outputs: int, groups: int) -> int:
+    """What the table of a weight [in, out] takes, its scales included; its indices are small and mostly shared."""
+    return -(-outputs // BLOCK) * (inputs * (BLOCK + 8) + groups * BLOCK * 4)
 
 
 def multiply(rows: Tensor, table: Table) -> Tensor:
@@ -112,5 +116,5 @@ def _in_blocks(columns: Tensor, blocks: int) -> Tensor:
 
 @functools.cache
 def _all_rows(blocks: int, inputs: int) -> Tensor:
-    """One for all layers of a shape: it is a twentieth of the table's size."""
-    return torch.arange(blocks * inputs, dtype=torch.int32)
+    """One for all layers of a shape: a few hundredths of the table's size."""
+    return torch.arange(blocks * inputs, dtype=torch.int32, device="cpu")

@@ -133,7 +133,8 @@ def decode(
             told = log_probabilities(logits, ids.clamp(min=0)) if with_log_probabilities else None
             chosen.append(_Chosen(ids, told))
             last = n_generated + 1 == max(limits)
-            while len(chosen) > (AHEAD if stepper.captures and not last else 0):
+            # The first is read at once, for whoever waits for it; and an answer may end with it.
+            while len(chosen) > (AHEAD if stepper.captures and n_generated and not last else 0):
                 new = chosen.popleft().read(going)
                 read += 1
                 yield new

@@ -1,7 +1,8 @@
 """Memory that a generation takes, and a plain word where there is not enough.
 
-allocate   a cache for a model's rows
-bounded    what runs within it says what would fit, should the device run out
+allocate        a cache for a model's rows
+bounded         what runs within it says what would fit, should the device run out
+out_of_memory   whether an error is that
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def bounded(model: QwenVL, batch: int, max_length: int, *, cache: KVCache | None
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         traceback.clear_frames(error.__traceback__)  # which hold what the failed call had made
     else:
         return
@@ -44,11 +47,18 @@ def bounded(model: QwenVL, batch: int, max_length: int, *, cache: KVCache | None
         held = 0 if cache is None else token * cache.batch * cache.max_length
         # No more than half of what did not fit, whatever the estimate says: memory may lie in pieces.
         fitting = min((free + held) // (token + _passing_bytes(model)), batch * max_length // 2)
-        told += f" of the {(free + held) / 1e9:.2f} GB that the weights leave free; about {fitting // batch} tokens"
-        told += f" a row would fit, or {fitting // max_length} rows of as many" if batch > 1 else " would fit"
+        told += f" of the {(free + held) / 1e9:.2f} GB that the weights leave free"
+        if fitting >= batch:
+            told += f"; about {fitting // batch} tokens"
+            told += f" a row would fit, or {fitting // max_length} rows of as many" if batch > 1 else " would fit"
     fewer = "tokens or rows" if batch > 1 else "tokens"
     smaller = ", or load an int4 checkpoint" if model.config.quantization_config is None else ""
     raise CacheError(f"{told}; ask for fewer {fewer}{smaller}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory: on a CPU it says so in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _cache_bytes(model: QwenVL) -> int:
@@ -70,5 +80,5 @@ def _free_bytes(device: torch.device) -> int | None:
     """What can still be allocated; None where the device does not say."""
     if device.type != "cuda":
         return None
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # what torch keeps for itself would be counted as taken
     return torch.cuda.mem_get_info(device)[0]

@@ -150,7 +150,7 @@ class _Run:
         packed = self.checkpoint.config.quantization_config is not None
         if packed != (method == "qlora"):
             advice = "method qlora trains over it" if packed else "method qlora needs one that is"
-            raise ConfigError(f"{given.model} is {'' if packed else 'not '}packed to 4 bits: {advice}")
+            raise ConfigError(f"{given.model} is {'' if packed else 'not '}packed to a few bits: {advice}")
         allowed = ["auto", "float32"] if method == "full" else ["auto", "float32", "bfloat16"]
         if given.dtype not in allowed:
             raise ConfigError(f"dtype must be {' or '.join(allowed)} for method {method}, not {given.dtype!r}")

@@ -287,7 +287,9 @@ def _check_groups(entry: Entry, g_idx: Tensor, config: QwenVLConfig) -> None:
     groups, size = config.quantization_config.groups(len(g_idx)), config.quantization_config.group_size
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise CheckpointError(f"{entry.ours} names groups outside 0 to {groups - 1}: it is damaged; fetch it again")
-    shuffled = groups > 1 and not torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype) // size)
+    shuffled = groups > 1 and not torch.equal(
+        g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // size
+    )
     if shuffled and not config.quantization_config.desc_act:
         raise CheckpointError(
             f"{entry.ours} does not take its inputs in groups of {size} in order, but config.json has desc_act false: "
