@@ -596,3 +596,21 @@ def test_a_wider_model_can_be_made_by_hand(chat_folder: Path) -> None:
     vl = Pipeline(random_model(chat_config(tokenizer), seed=3), tokenizer)
     assert vl.generation_config == GenerationConfig()
     vl.chat("the dog", max_new_tokens=2)
+
+
+def test_what_an_error_left_in_the_cache_is_not_used(vl: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of numbers that are none leaves them in the cache, where a mask does not hide them from captured steps."""
+    _, history = vl.chat("one", max_new_tokens=3)
+    session = vl._session
+    assert session is not None
+    with monkeypatch.context() as failing:
+        failing.setattr("qwenvl.generation.decode.require_ids", refuse)
+        with pytest.raises(PromptError):
+            vl.chat("two", history, max_new_tokens=3)
+    assert session.cache is None
+    assert vl.chat("two", history, max_new_tokens=3) == fresh(vl).chat("two", history, max_new_tokens=3)
+
+
+def refuse(_: object) -> None:
+    """What is raised where no id can be chosen."""
+    raise PromptError("row 0 has no id to choose")

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .adapt.int4 import arrange, quantize_structure
 from .adapt.layout import columns_first
 from .adapt.packed_cpu import table_bytes
 from .adapt.split import split_attention
-from .config import GenerationConfig, QwenVLConfig
+from .config import GenerationConfig, QuantizationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
 from .model.qwenvl import QwenVL
@@ -32,6 +33,7 @@ from .pipeline import Pipeline
 from .text.tokenizer import VOCABULARY_FILE, Tokenizer
 from .weights.checkpoint import Checkpoint, load_into
 from .weights.hub import resolve
+from .weights.keymap import entries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,7 +58,7 @@ def load(
             no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
         revision, cache_dir: of the hub download.
         adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
-            model is as fast as without; beside weights in 4 bits, which cannot take it in, it stays by itself.
+            model is as fast as without; beside packed weights, which cannot take it in, it stays by itself.
         quiet: no progress bars and no remarks.
 
     The model is built on the meta device and its tensors are put in one by one, so memory never holds them twice.
@@ -131,27 +133,24 @@ def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint
 def _no_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> ConfigError:
     """The error for weights that a GPU cannot hold, with what would fit."""
     needed, free = _bytes_as(dtype, checkpoint), torch.cuda.mem_get_info(device)[0]
-    halved = _bytes_as(torch.bfloat16, checkpoint)
-    packed = checkpoint.config.quantization_config is not None
+    host = free_memory() or sys.maxsize
+    four = entries(replace(checkpoint.config, quantization_config=QuantizationConfig()))
+    packed = sum(math.prod(entry.our_shape) * (4 if entry.kind == "packed" else 2) for entry in four)
     ways = [
-        *([f"dtype bfloat16 takes {_gb(halved)}"] if halved < needed else []),
-        *([] if packed else ["a checkpoint in 4 bits takes about a third of bfloat16's (qwenvl quantize makes one)"]),
-        f"device cpu has {_told_free_memory()}",
+        ("dtype bfloat16", _bytes_as(torch.bfloat16, checkpoint), free),
+        ("a checkpoint in 4 bits (qwenvl quantize makes one)", packed, free),
+        ("bfloat16 on device cpu", _bytes_as(torch.bfloat16, checkpoint, arranged=True), host),
     ]
+    fitting = [f"{way} takes {_gb(count)} of {_gb(room)}" for way, count, room in ways if count < room]
     return ConfigError(
         f"the weights take {_gb(needed)} as {str(dtype).removeprefix('torch.')} and {_gb(free)} are free on {device}: "
-        f"{'; '.join(ways)}"
+        f"{'; '.join(fitting) or 'use a device with more memory'}"
     )
 
 
 def _gb(count: int) -> str:
     """Bytes as people say them."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _told_free_memory() -> str:
-    free = free_memory()
-    return "what the machine has" if free is None else _gb(free)
 
 
 def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = False) -> int:

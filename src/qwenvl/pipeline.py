@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .config import GenerationConfig
 from .draw import draw_reply
-from .errors import PromptError
+from .errors import PromptError, QwenVLError
 from .generation.batch import generate_batch
 from .generation.beam import BeamOptions
 from .generation.decode import decode, score
@@ -298,8 +298,12 @@ class Pipeline:
                     break
             if delta := text.flush():
                 yield delta
+        except QwenVLError:
+            session.clear()  # it may hold what is no number, which a mask does not hide from a captured step
+            raise
         finally:
-            session.extend(new)
+            if session.cache is not None:
+                session.extend(new)
 
     def _options(self, given: dict[str, Any]) -> SamplingOptions:
         return SamplingOptions.from_config(self.generation_config, **given)

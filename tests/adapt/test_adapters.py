@@ -17,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 import qwenvl
 from qwenvl.adapt import adapters
 from qwenvl.adapt.adapters import load_adapter, save_adapter
-from qwenvl.adapt.int4 import Int4Linear, quantize_structure
+from qwenvl.adapt.int4 import quantize_structure
 from qwenvl.adapt.lora import LoraOptions, add_lora, lora_layers
+from qwenvl.adapt.packed import PackedLinear
 from qwenvl.config import QwenVLConfig
 from qwenvl.errors import CheckpointError, ConfigError, QwenVLError
 from qwenvl.model.qwenvl import QwenVL
@@ -230,27 +231,28 @@ def test_a_chat_goes_on_with_the_new_weights(tmp_path: Path, chat_folder: Path) 
 # --- over packed and other bases ------------------------------------------------------------------------------------
 
 
-def packed_like(model: QwenVL) -> QwenVL:
+def packed_like(model: QwenVL, bits: int = 4) -> QwenVL:
     """A packed model with the norms, biases and vision of another: what quantisation leaves as it is."""
-    config = QwenVLConfig.from_dict({**model.config.to_dict(), "quantization_config": {"group_size": 32}})
+    config = QwenVLConfig.from_dict({**model.config.to_dict(), "quantization_config": {"bits": bits, "group_size": 32}})
     packed = QwenVL(config).eval()
     quantize_structure(packed, config)
     packed.load_state_dict(model.state_dict(), strict=False)
     return packed
 
 
-def test_from_a_packed_base_to_the_plain_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_from_a_packed_base_to_the_plain_one(tmp_path: Path, bits: int) -> None:
     """What QLoRA trains is loaded over packed weights, and merged into the weights that they were packed from."""
-    packed = packed_like(base())
+    packed = packed_like(base(), bits)
     add_lora(packed, LoraOptions(r=4))
     save_adapter(packed, tmp_path / "adapter")
-    load_adapter(packed_like(base()), tmp_path / "adapter")
+    load_adapter(packed_like(base(), bits), tmp_path / "adapter")
     load_adapter(base(), tmp_path / "adapter", merge=True)
-    fresh = packed_like(base())
-    with one_line_error(ConfigError, "packed to 4 bits", "16-bit checkpoint"):
+    fresh = packed_like(base(), bits)
+    with one_line_error(ConfigError, "packed to a few bits", "16-bit checkpoint"):
         load_adapter(fresh, tmp_path / "adapter", merge=True)
     assert not lora_layers(fresh)
-    assert isinstance(fresh.decoder.blocks[0].attn.c_attn, Int4Linear)
+    assert isinstance(fresh.decoder.blocks[0].attn.c_attn, PackedLinear)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -56,6 +56,24 @@ def test_a_step_is_a_forward(model: QwenVL, lengths: list[int]) -> None:
     torch.testing.assert_close(one.values, other.values, atol=2e-5, rtol=0)
 
 
+def test_begun_in_inference_mode(model: QwenVL) -> None:
+    """A session's stepper outlives the mode that its first round ran in; writing its ids once failed in the next."""
+    with torch.inference_mode():
+        cache, ids, _ = prefilled(model, [5], 64)
+        stepper = PretendedStepper(model, cache)
+    assert stepper(ids[:, 0]).isfinite().all()
+
+
+def test_the_first_id_waits_for_no_step(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known after the prefill; whoever waits for it need not wait for a capture and the steps behind it."""
+    pretend(monkeypatch)
+    cache, ids, logits = prefilled(model, [5], 64)
+    new = decode(model, cache, logits, ids, SamplingOptions(max_new_tokens=8))
+    assert next(new).ids == logits.argmax(-1).tolist()
+    assert cache.host_lengths.tolist() == [5]
+    new.close()
+
+
 def test_a_full_row_harms_nobody(model: QwenVL) -> None:
     """One that has ended is stepped along beyond its last slot; the others do not notice."""
     cache, _, _ = prefilled(model, [20, 5], 20)

@@ -7,7 +7,7 @@ import torch
 from support import random_model, small_config
 
 from qwenvl.adapt.fuse import FusedSwiGLU, fuse
-from qwenvl.adapt.int4 import quantize_structure
+from qwenvl.adapt.int4 import arrange, quantize_structure
 from qwenvl.adapt.lora import LoraOptions, add_lora
 from qwenvl.config import QwenVLConfig
 from qwenvl.model.qwenvl import QwenVL
@@ -106,12 +106,14 @@ def test_adapters_and_moves(model: QwenVL) -> None:
                 parameter.fill_(0.1)
         adapted = model.eval()(IDS)
         for block in model.decoder.blocks:
-            assert not block.mlp._both  # which frees the memory
+            assert not block.mlp._both
     other = plain()
     fuse(other)
     with torch.no_grad():
         expected = other(IDS)
-        assert torch.allclose(other.double()(IDS).float(), expected, atol=1e-4)
+        other.double()
+        assert not any(block.mlp._both for block in other.decoder.blocks)  # which would keep the memory
+        assert torch.allclose(other(IDS).float(), expected, atol=1e-4)
     assert not torch.equal(adapted, expected)
 
 
@@ -123,3 +125,14 @@ def test_different_orders_stay_apart() -> None:
     fuse(model)
     assert not isinstance(model.decoder.blocks[0].mlp, FusedSwiGLU)
     assert isinstance(model.decoder.blocks[1].mlp, FusedSwiGLU)
+
+
+def test_what_is_arranged_stays_apart() -> None:
+    """Packed weights that a CPU has arranged hold no words to join; joined all the same, they once broke the model."""
+    model = packed()
+    with torch.no_grad():
+        expected = model(IDS)
+        arrange(model, quiet=True)
+        fuse(model)
+        assert not any(isinstance(block.mlp, FusedSwiGLU) for block in model.decoder.blocks)
+        torch.testing.assert_close(model(IDS), expected, atol=1e-4, rtol=1e-4)

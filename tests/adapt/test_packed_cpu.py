@@ -13,7 +13,7 @@ from torch import nn
 
 from qwenvl.adapt import packed, packed_cpu
 from qwenvl.adapt.int4 import arrange
-from qwenvl.adapt.packed import CPU_ROWS, CPU_SUMS, PackedLinear
+from qwenvl.adapt.packed import CPU_ROWS, CPU_SUMS, PackedLinear, few_rows
 
 SHAPES: list[dict[str, Any]] = [
     {"inputs": 256, "outputs": 48},
@@ -93,7 +93,8 @@ def test_which_way(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     """A few rows do not unpack an arranged layer; many rows do, and so does one that was not arranged."""
     layer = arranged(**shape)
     calls = unpacked(monkeypatch, layer)
-    few, many = torch.randn(CPU_ROWS, layer.in_features), torch.randn(CPU_ROWS + 1, layer.in_features)
+    most = few_rows(layer.in_features * layer.out_features)
+    few, many = torch.randn(most, layer.in_features), torch.randn(most + 1, layer.in_features)
     layer(few)
     layer(few.bfloat16())
     assert calls == []
@@ -163,6 +164,39 @@ def test_a_model_is_arranged() -> None:
     model = nn.Sequential(random_layer(64, 16), nn.Linear(16, 16), random_layer(16, 8, group_size=16))
     arrange(model, quiet=True)
     assert [getattr(layer, "_table", None) is not None for layer in model] == [True, False, True]
+
+
+def test_scales_are_not_rounded() -> None:
+    """A model that is cast keeps the weights' scales as they are stored; they once became bfloat16, for good."""
+    layer = arranged(inputs=64, outputs=16)
+    weight = layer.weight_in(torch.float32)
+    assert torch.equal(layer.to(torch.bfloat16).weight_in(torch.float32), weight)
+    assert layer.scales.dtype == torch.float16
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_wrong_calls_cost_no_kernel() -> None:
+    """Rows of another width are an error, no rows are none; the kernel goes on, which once was given up for them."""
+    layer = arranged(inputs=64, outputs=16)
+    with pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(2, 32))
+    assert layer(torch.randn(0, 64)).shape == (0, 16)
+    assert not CPU_SUMS.failed
+
+
+def test_another_default_device() -> None:
+    """Tables are made where the words are; `torch.set_default_device` once sent half of one elsewhere."""
+    expected = arranged(inputs=64, outputs=16)(torch.ones(1, 64))
+    layer, x = random_layer(64, 16), torch.ones(1, 64)
+    packed_cpu._all_rows.cache_clear()
+    with torch.device("meta"):
+        layer.arrange()
+    assert torch.equal(layer(x), expected)
+
+
+def test_few_rows_are_fewer_for_small_layers() -> None:
+    """A small layer is unpacked in less time than its kernel is called."""
+    assert few_rows(100_000) < 16 < few_rows(3_000_000) < few_rows(50_000_000) == CPU_ROWS
 
 
 def test_a_nan_stays_one() -> None:

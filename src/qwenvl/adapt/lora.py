@@ -191,8 +191,8 @@ def check_mergeable(model: nn.Module, paths: Iterable[str]) -> None:
     modules = [model.get_submodule(path) for path in paths]
     if any(isinstance(m.base if isinstance(m, LoraLinear) else m, PackedLinear) for m in modules):
         raise ConfigError(
-            "an adapter cannot be merged into weights that are packed to a few bits: keep it beside them, or load it over "
-            "the 16-bit checkpoint that they were packed from and merge it there"
+            "an adapter cannot be merged into weights that are packed to a few bits: keep it beside them, or load it "
+            "over the 16-bit checkpoint that they were packed from and merge it there"
         )
 
 

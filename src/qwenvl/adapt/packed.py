@@ -63,7 +63,7 @@ class Kernel:
 
 
 CPU_SUMS = Kernel("torch's kernel for sums of bytes")
-CPU_ROWS = 64  # from more rows on, the unpacked weight is faster (bench/compare_packed.py)
+CPU_ROWS = 64  # beyond so many, the unpacked weight is faster, of small layers beyond fewer (bench/compare_packed.py)
 TRITON = Kernel("Triton")
 FEW_ROWS = Kernel("the Triton kernel for a few rows of packed weights")
 UNPACKING = Kernel("the Triton kernel that unpacks weights")
@@ -72,12 +72,17 @@ PASS = 16  # rows that the kernel takes at once
 BLOCK = 2**20  # weights that are unpacked at a time, for which some 14 bytes each are needed on the way
 
 
+def few_rows(weights: int) -> int:
+    """Up to how many rows the kernel for CPUs is faster than unpacking a layer of so many weights."""
+    return min(8 + weights // 100_000, CPU_ROWS)
+
+
 class PackedLinear(nn.Module):
     """x W^T + b with W packed as `weights/gptq.py` describes; holds buffers only, nothing here is trained.
 
     `qweight` [in * bits / 32, out] int32, `qzeros` [groups, out * bits / 32] int32, `scales` [groups, out], `g_idx`
-    [in] int32, `bias` [out]. Scales keep the dtype in which they are stored (float16) whatever the model's dtype: the
-    weight is exact only with them, so choose a dtype when loading and do not cast the module to bfloat16 afterwards.
+    [in] int32, `bias` [out]. Scales keep the dtype in which they are stored (float16), whatever the model is cast to:
+    the weight is exact only with them.
 
     Every way to multiply has these weights exactly; activations of 16 bits are summed up in float32.
     """
@@ -190,7 +195,7 @@ class PackedLinear(nn.Module):
     def _on_cpu(self, rows: Tensor) -> Tensor | None:
         """[rows, in] to [rows, out]."""
         table = self._table
-        if table is None or not 1 <= len(rows) <= CPU_ROWS:
+        if table is None or not 1 <= len(rows) <= few_rows(self.in_features * self.out_features):
             return None
         y = CPU_SUMS(lambda: packed_cpu.multiply(rows.float(), table))
         if y is not None and self._made("bias", self.bias, lambda: bool(self.bias.any())):
@@ -273,7 +278,11 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: Any = True) -> Any:  # noqa: ANN401 - as torch declares it: `.to` and the like
         with self._as_words():
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            scales = self.scales
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if self.scales.dtype != scales.dtype:
+                self.scales = scales.to(self.scales.device)
+            return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as torch calls it
         with self._as_words():

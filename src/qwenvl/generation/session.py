@@ -36,6 +36,10 @@ class Session:
     features: dict[str, Tensor] = field(default_factory=dict)
     stamp: Stamp = ()
 
+    def clear(self) -> None:
+        """Forget what the cache holds, and give it back."""
+        self.cache, self.stepper, self.signs = None, None, []
+
     def extend(self, new_ids: Sequence[int]) -> None:
         """Note the ids that were generated behind the prompt. The last may not have entered the cache."""
         assert self.cache is not None
@@ -59,7 +63,8 @@ def start(
             "shorten it, drop a picture, or lower max_window_size"
         )
     if session.stamp != (stamp := _stamp(model)):
-        session.cache, session.stepper, session.signs, session.features, session.stamp = None, None, [], {}, stamp
+        session.clear()
+        session.features, session.stamp = {}, stamp
     signs = _signs(ids, [hash_ for hash_, _ in images], config.visual.image_start_id, config.visual.n_queries)
     kept = _common_prefix(session, signs)
     cache = session.cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from . import SAMPLES
 if TYPE_CHECKING:
     from .checkpoint import Report
 
+WIDELY_READ = (-1, 32, 64, 128)  # sizes of groups that other tools have kernels for
 EPILOG = """examples:
   qwenvl quantize tiny tiny-int4 --group-size 64           # the embedded model, on examples of its own
   qwenvl quantize Qwen/Qwen-VL-Chat qwen-vl-chat-int4 --data conversations.json --image-root pictures
@@ -75,6 +77,9 @@ def run(given: argparse.Namespace) -> None:
     from ..weights.hub import resolve
     from .checkpoint import quantize
 
+    if given.group_size not in WIDELY_READ and not given.quiet:
+        told = f"groups of {given.group_size} are read here and by few other tools; 128 is what all of them read"
+        print(told, file=sys.stderr)
     source = resolve(given.source, revision=given.revision, cache_dir=given.cache_dir, quiet=given.quiet)
     report = quantize(
         source,

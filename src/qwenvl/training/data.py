@@ -106,7 +106,7 @@ class ConversationDataset:
             tqdm.write("\n".join([*self.bad[:LISTED], *more]), file=sys.stderr)
         told = f"{self.path}: {len(self.bad)} of {count} records cannot be trained on: {first}"
         if self.bad and self.on_error == "fatal":
-            raise DataError(f"{told} (on_error 'skip' leaves them out)", self.bad)
+            raise DataError(f"{told} (for training, on_error 'skip' leaves them out)", self.bad)
         if not self._records:
             raise DataError(told if self.bad else f"{self.path} has no record", self.bad)
         if self.bad and not quiet:
@@ -126,7 +126,7 @@ class ConversationDataset:
             except ImageError as error:
                 told = f"{self._sources[at]}: {error}"
                 if self.on_error == "fatal":
-                    raise DataError(f"{told} (on_error 'skip' takes another record)", [told]) from None
+                    raise DataError(f"{told} (for training, on_error 'skip' takes another record)", [told]) from None
                 if at not in self._broken:
                     tqdm.write(f"{told}; the next record stands in for it", file=sys.stderr)
                 self._broken.add(at)

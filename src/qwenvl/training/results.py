@@ -75,7 +75,7 @@ def merge_adapter(
     """Write the checkpoint folder `source` with an adapter folded in as `destination`, in the layout `to`.
 
     False if it is exactly that already. Takes the whole model into the CPU's memory. Raises ConfigError and
-    CheckpointError as `load_adapter` and `write_folder` do; weights in 4 bits cannot take an adapter in.
+    CheckpointError as `load_adapter` and `write_folder` do; packed weights cannot take an adapter in.
     """
     base = Checkpoint(source)
     (norm,) = [entry for entry in base.entries if entry.ours == "decoder.ln_f.weight"]

@@ -52,7 +52,7 @@ class TrainSettings:
     output: str | None = _setting(None, "folder for the log, checkpoints and the result", free=True)
 
     method: Literal["full", "lora", "qlora"] = _setting(
-        "lora", "all weights, or an adapter beside them, or one over a checkpoint in 4 bits", group="how"
+        "lora", "all weights, or an adapter beside them, or one over a packed checkpoint", group="how"
     )
     train_vision: bool = _setting(False, "full: train the vision tower and the resampler's output too")
     merge: bool = _setting(False, "lora: write a whole checkpoint with the adapter in it, too", free=True)
@@ -126,7 +126,7 @@ class TrainSettings:
 
 _MERGE_ADVICE = {
     "full": "it writes a whole checkpoint anyway",
-    "qlora": "weights in 4 bits cannot take an adapter in; use the adapter beside them",
+    "qlora": "packed weights cannot take an adapter in; use the adapter beside them",
 }
 
 
