@@ -128,9 +128,9 @@ def products(runs: int) -> dict[str, dict[int, dict[str, float]]]:
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(-1, runs):
             for way in list(ways) if number % 2 == 0 else reversed(ways):
-                linear, packed_layers.CPU_ROWS = ways[way]
+                module, packed_layers.CPU_ROWS = ways[way]
                 start = time.perf_counter()
-                linear(x)
+                module(x)
                 if number >= 0:
                     seconds[way].append(time.perf_counter() - start)
         for way, own in seconds.items():

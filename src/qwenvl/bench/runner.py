@@ -1,7 +1,7 @@
 """Which jobs a benchmark has, in which order, and with how much time.
 
 Request     what to measure
-conduct     do it, and let the report know
+measure     do it, and let the report know
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..loading import DTYPES
+from ..loading import DTYPES, free_memory
+from ..training.memory import weight_bytes
 from .figures import Event, Facts, Figure, Missing
 from .jobs import Job, Kind, Weights, run_apart, run_here
 from .plan import GRACE, IN_A_MODEL, Budget, Plan
 from .report import Report
-from .roofline import Limits, weight_bytes
+from .roofline import Limits
 
 # Seconds of a full run, by which jobs share the time. Of two kinds of weights the first is the wider one, which takes
 # longer. What the bars are about comes first, and what it does not use is left for the comparisons.
@@ -44,40 +44,48 @@ class Request:
     apart: bool
 
 
-def conduct(request: Request, report: Report) -> None:
+def measure(request: Request, report: Report) -> None:
     """Measure it all; the report has what came of it. Raises ConfigError for a device that is not there."""
-    plan, conductor = request.plan, _Conductor(request, report)
-    steps: list[tuple[float, Callable[[float], None]]] = [(DEVICE, conductor.measure_device)]
-    for part, shares, do in (
-        (set(IN_A_MODEL), MODELS, partial(conductor.run, "model")),
-        ({"start-up"}, START_UPS, conductor.start_up),
-    ):
-        if part & set(plan.parts):
-            steps += [(share, partial(do, weights)) for share, weights in zip(shares, request.weights, strict=False)]
-    if "transformers" in plan.parts:
-        steps.append((TRANSFORMERS, conductor.compare))
-    if "compile" in plan.parts:
-        steps += [
-            (share, partial(conductor.run, "compile", weights))
-            for share, weights in zip(COMPILE, request.weights, strict=False)
-        ]
-    budget = Budget(plan.seconds, [share for share, _ in steps])
-    conductor.left = lambda: budget.left
-    for _, step in steps:
-        step(budget.share())
+    steps = _steps(request)
+    runner = _Runner(request, report, Budget(request.plan.seconds, [share for _, _, share in steps]))
+    for kind, weights, _ in steps:
+        seconds = runner.budget.share()
+        if kind == "device":
+            runner.measure_device(weights, seconds)
+        elif kind == "start":
+            runner.start_up(weights, seconds)
+        elif kind == "transformers" and importlib.util.find_spec("transformers") is None:
+            report.add(Missing("transformers", "transformers", "it is not installed here", failed=False))
+        else:
+            runner.run(kind, weights, seconds)
+
+
+def _steps(request: Request) -> list[tuple[Kind, Weights, float]]:
+    """What to do, to which weights, and its share of the time; writing what is started is a part of the start."""
+    parts, both = request.plan.parts, list(enumerate(request.weights))
+    steps: list[tuple[Kind, Weights, float]] = [("device", request.weights[0], DEVICE)]
+    if set(IN_A_MODEL) & set(parts):
+        steps += [("model", weights, MODELS[number]) for number, weights in both]
+    if "start-up" in parts:
+        steps += [("start", weights, START_UPS[number]) for number, weights in both]
+    if "transformers" in parts:
+        steps.append(("transformers", request.weights[0], TRANSFORMERS))
+    if "compile" in parts:
+        steps += [("compile", weights, COMPILE[number]) for number, weights in both]
+    return steps
 
 
 @dataclass
-class _Conductor:
+class _Runner:
     request: Request
     report: Report
+    budget: Budget
     dtype: str = ""
     rates: dict[str, float] = field(default_factory=dict)  # the device's, by unit
-    left: Callable[[], float] = lambda: 0.0  # seconds
 
-    def measure_device(self, seconds: float) -> None:
+    def measure_device(self, weights: Weights, seconds: float) -> None:
         """Its facts and limits; without these there are no fractions, without the device there is nothing."""
-        for event in self._events("device", self.request.weights[0], seconds):
+        for event in self._events(self._job("device", weights, seconds)):
             if isinstance(event, Missing) and not self.report.about:
                 raise ConfigError(event.reason)
             if isinstance(event, Facts):
@@ -86,10 +94,13 @@ class _Conductor:
                 self.rates[event.unit] = max(event.value, self.rates.get(event.unit, 0.0))
             self.report.add(event)
 
-    def run(self, kind: Kind, weights: Weights, seconds: float) -> None:
-        """One job, all of whose events are for the report."""
-        for event in self._events(kind, weights, seconds):
+    def run(self, kind: Kind, weights: Weights, seconds: float) -> bool:
+        """One job, all of whose events are for the report. Whether nothing was missing."""
+        whole = True
+        for event in self._events(self._job(kind, weights, seconds)):
             self.report.add(event)
+            whole = whole and not isinstance(event, Missing)
+        return whole
 
     def start_up(self, weights: Weights, seconds: float) -> None:
         """From a new process to its first token, from a checkpoint in the page cache: random weights are written."""
@@ -97,46 +108,45 @@ class _Conductor:
             self._start(weights, seconds)
             return
         budget = Budget(seconds, [WRITING, STARTING])
-        needed = SPARE * weight_bytes(weights.config, DTYPES[self.dtype].itemsize)
-        roomy = IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > needed
-        with tempfile.TemporaryDirectory(prefix="qwenvl-bench-", dir=IN_MEMORY if roomy else None) as temporary:
+        needed = int(SPARE * weight_bytes(weights.config, DTYPES[self.dtype].itemsize))
+        if (folder := _roomy(needed)) is None:
+            reason = f"there is no room for a checkpoint of {needed / 1e9:.2f} GB; set TMPDIR to a larger disk"
+            self.report.add(self._job("write", weights, seconds).missing(reason))
+            return
+        with tempfile.TemporaryDirectory(prefix="qwenvl-bench-", dir=folder) as temporary:
             written = replace(weights, folder=os.path.join(temporary, "checkpoint"))
-            for event in self._events("write", written, budget.share()):
-                if isinstance(event, Facts):
-                    layers, wanted = event.about["layers"], event.about["layers_wanted"]
-                    note = "" if layers == wanted else f"{layers} of {wanted} decoder layers: no room or time for more"
-                    self._start(written, budget.share(), note)
-                else:
-                    self.report.add(event)
+            if self.run("write", written, budget.share()):
+                self._start(written, budget.share())
 
-    def compare(self, seconds: float) -> None:
-        """`transformers` at the same shape."""
-        if importlib.util.find_spec("transformers") is None:
-            self.report.add(Missing("transformers", "transformers", "it is not installed here", failed=False))
-        else:
-            self.run("transformers", replace(self.request.weights[0], folder=""), seconds)
-
-    def _start(self, weights: Weights, seconds: float, note: str = "") -> None:
+    def _start(self, weights: Weights, seconds: float) -> None:
         begin = time.perf_counter()
-        for event in self._events("start", weights, seconds):
+        for event in self._events(self._job("start", weights, seconds)):
             if isinstance(event, Figure):
-                value = round(time.perf_counter() - begin, 3)
-                event = replace(event, value=value, note=note, whole=not note)
+                event = replace(event, value=round(time.perf_counter() - begin, 3))
             self.report.add(event)
 
-    def _events(self, kind: Kind, weights: Weights, seconds: float) -> Iterator[Event]:
+    def _job(self, kind: Kind, weights: Weights, seconds: float) -> Job:
         request, rates = self.request, self.rates
-        job = Job(
-            kind,
-            request.plan,
-            weights,
-            request.device,
-            self.dtype or request.dtype,
-            limits=Limits(1e9 * rates.get("GB/s", 0.0), 1e12 * rates.get("TFLOP/s", 0.0)),
-            seconds=seconds,
-        )
-        if self.left() < LEAST:
+        limits = Limits(1e9 * rates.get("GB/s", 0.0), 1e12 * rates.get("TFLOP/s", 0.0))
+        return Job(kind, request.plan, weights, request.device, self.dtype or request.dtype, limits, seconds)
+
+    def _events(self, job: Job) -> Iterator[Event]:
+        if self.budget.left < LEAST:
             yield job.missing("there was no time left")
-            return
-        apart = request.apart or kind == "start"
-        yield from (run_apart if apart else run_here)(job, min(seconds, self.left()) + GRACE)
+        elif self.request.apart or job.kind == "start":
+            yield from run_apart(job, min(job.seconds, self.budget.left) + GRACE)
+        else:
+            yield from run_here(job)
+
+
+def _roomy(needed: int) -> Path | None:
+    """The folder for a checkpoint of so many bytes: in memory, if that has room for it and for a model loaded from it,
+    else the one for temporary files; None if that has none either.
+    """
+    memory = free_memory()
+    for folder in (IN_MEMORY, Path(tempfile.gettempdir())):
+        if folder == IN_MEMORY and memory is not None and memory < 2 * needed:
+            continue
+        if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > needed:
+            return folder
+    return None
