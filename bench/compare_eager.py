@@ -15,8 +15,6 @@ import argparse
 import copy
 import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from eager_reference import EagerReference, Past
 from tqdm import tqdm
 
 from qwenvl.adapt.layout import columns_first
+from qwenvl.bench.device import processor
 from qwenvl.config import QwenVLConfig, VisionConfig
 from qwenvl.model.cache import KVCache
 from qwenvl.model.qwenvl import QwenVL
@@ -159,7 +158,7 @@ def main() -> None:
     result = {
         "bench": "compare_eager",
         "date": datetime.date.today().isoformat(),
-        "device": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": f"{processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "dtype": "float32",
         "rows": rows,
@@ -176,17 +175,6 @@ def main() -> None:
         with path.open("a") as file:
             file.write(line + "\n")
     print(line)
-
-
-def cpu_name() -> str:
-    """The processor's name and the cores that we may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from qwenvl import cli
 from qwenvl.weights.hub import embedded
 
 pytest_plugins = ("command_fixtures",)
-COMMANDS = ("chat", "generate", "ground", "info", "convert", "quantize", "train", "demo")
+COMMANDS = ("chat", "generate", "ground", "info", "convert", "quantize", "train", "demo", "bench")
 SHORT = ("--max-new-tokens", "4")
 # ---- help
 

@@ -19,7 +19,7 @@ from support import chat_config, random_model, write_checkpoint, write_vocabular
 from qwenvl.text.parts import Turn
 from qwenvl.text.tokenizer import Tokenizer
 
-COMMANDS = ("chat", "generate", "ground", "info", "convert", "quantize", "train", "demo")
+COMMANDS = ("chat", "generate", "ground", "info", "convert", "quantize", "train", "demo", "bench")
 SHORT = ("--max-new-tokens", "4")
 pytest_plugins = ("command_fixtures",)
 

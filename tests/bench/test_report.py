@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl.bench.figures import TARGETS, Event, Facts, Figure, Missing, Target, target
+from qwenvl.bench.figures import Event, Facts, Figure, Missing, Target, target
 from qwenvl.bench.report import Report, append
 from qwenvl.config import QwenVLConfig
 from qwenvl.training.memory import QWEN_VL
@@ -91,22 +91,6 @@ def test_bars_are_for_an_h100_and_the_published_sizes(capsys: pytest.CaptureFixt
     small = QwenVLConfig(**{**vars(QWEN_VL), "num_hidden_layers": 4})
     assert "bar" not in report(H100, DECODE, config=small).result(1)["figures"][0]
     assert target(DECODE, small) == Target()
-
-
-def test_the_issues_bars() -> None:
-    """The numbers that this project set itself, and the published ones, word for word."""
-    rates = {key: (t.published, t.bar, t.aim) for key, t in TARGETS.items() if key[1].startswith("decode")}
-    assert rates == {
-        ("bfloat16", "decode 1792"): (28.87, 128, 170),
-        ("bfloat16", "decode 7934"): (24.32, 110, 150),
-        ("int4", "decode 1792"): (37.79, 190, 340),
-        ("int4", "decode 7934"): (34.34, 150, 260),
-    }
-    memory = {key: t.bar for key, t in TARGETS.items() if key[1].startswith("peak")}
-    assert {bar for (kind, _), bar in memory.items() if kind == "bfloat16"} == {20.9, 24.2}
-    assert {bar for (kind, _), bar in memory.items() if kind == "int4"} == {11.4, 14.7}
-    others = {name: t.bar for (_, name), t in TARGETS.items() if not name.startswith(("decode", "peak"))}
-    assert others == {"encode one image": 9, "prefill 2048 with an image": 55, "start to first token": 15}
 
 
 def test_what_is_missing_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,8 +59,8 @@ def run(given: argparse.Namespace) -> None:
     if given.model and given.int4:
         raise ConfigError("--int4 is for random weights: a checkpoint has the bits that it has (see qwenvl quantize)")
     from ..loading import choose_device
-    from .conductor import Request, conduct
     from .report import RESULTS, Report, append
+    from .runner import Request, measure
 
     begin, tiny = time.perf_counter(), given.tiny
     if given.device == "auto" and not (tiny or given.model) and choose_device("auto").type != "cuda":
@@ -76,7 +76,7 @@ def run(given: argparse.Namespace) -> None:
     name = given.model or ("tiny, and random ones of its shape" if tiny else "random")
     report = Report(mode, name, weights[0].config, seconds=plan.seconds, table=not given.json, quiet=given.quiet)
     with report:
-        conduct(Request(plan, weights, device, given.dtype or "auto", apart=not tiny), report)
+        measure(Request(plan, weights, device, given.dtype or "auto", apart=not tiny), report)
     result = report.result(time.perf_counter() - begin)
     if not (tiny or given.no_save):
         append(result, RESULTS)

@@ -2,8 +2,10 @@
 
 TimedStepper    steps, whose captures are timed apart; compiled by `torch.compile`, if asked for
 Stretch         some steps of a run, and how long they took
+prefilled       a prompt in a cache of its own, which is where a run begins
 stretch         decode so many tokens
 longest_run     as many tokens of a run as there is time for
+first_id        how long the first token takes
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..adapt.capture import BUCKET, Stepper
-from ..generation.decode import decode
+from ..generation.decode import decode, prefill
+from ..generation.room import allocate, bounded
 from ..generation.sampling import SamplingOptions
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
@@ -26,6 +29,7 @@ from .device import Device
 
 PROBE = 8  # steps that tell how long one takes
 FEWEST = 16  # steps of a run that was cut, at least
+FIRST_OF = 16  # new tokens that are asked for where the first is waited for
 CAUTION = 1.15  # by how much a run may take longer than its first steps promise
 
 
@@ -33,17 +37,26 @@ class TimedStepper(Stepper):
     """A Stepper that counts its captures and the seconds that they took.
 
     With `backend`, one of `torch.compile`'s, what is captured was compiled by it, as one graph of operations; on a CPU
-    the compiled step is then called where a GPU replays it.
+    the compiled step is then called where a GPU replays it. Should that fail, it is raised: steps that were not
+    compiled are not what was asked for. Other steppers go on capturing.
     """
 
     def __init__(self, model: QwenVL, cache: KVCache, device: Device, *, backend: str = "") -> None:
         super().__init__(model, cache)
         self.device, self.captured, self.capture_seconds = device, 0, 0.0
-        self.failure: Exception | None = None  # of a capture: from then on, steps are as they are
+        self._failure: Exception | None = None  # of a compiled step
         self.compiled = bool(backend)
         if self.compiled:
             self.step = torch.compile(self.step, backend=backend, fullgraph=True, dynamic=False)
             self.captures = True
+
+    def __call__(self, ids: Tensor, going: Tensor | None = None) -> Tensor:
+        """One step. Raises RuntimeError if it could not be compiled, or captured once it was."""
+        logits = super().__call__(ids, going)
+        if self._failure is not None:
+            told = f"{type(self._failure).__name__}: {self._failure}"
+            raise RuntimeError(f"a step compiled by torch.compile failed: {told}") from self._failure
+        return logits
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
         begin = self.device.now()
@@ -56,8 +69,10 @@ class TimedStepper(Stepper):
                 replay = partial(self.step, self._ids, self.cache.bucket(bucket))
                 replay()
         except Exception as error:
-            self.failure = error
-            raise
+            if not self.compiled:
+                raise
+            self._failure, self.captures = error, False
+            return partial(self.step, self._ids, self.cache)  # which is not called
         self.capture_seconds += self.device.now() - begin
         self.captured += 1
         return replay
@@ -88,6 +103,18 @@ class Stretch:
     def context(self) -> float:
         """Tokens that a step's attention reads, its own included, on average."""
         return self.begin + (self.steps + 1) / 2
+
+
+@torch.no_grad()
+def prefilled(model: QwenVL, ids: Tensor, new: int, pixels: Tensor | None = None) -> tuple[KVCache, Tensor]:
+    """A cache that holds prompts [B,T] and has room for so many new tokens, and the logits [B,V] that follow.
+
+    Raises CacheError where the memory is not enough.
+    """
+    rows, slots = len(ids), ids.shape[1] + new
+    cache = allocate(model, rows, slots)
+    with bounded(model, rows, slots, cache=cache):
+        return cache, prefill(model, cache, ids, pixels=pixels)
 
 
 def stretch(stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, *, seconds: float) -> Stretch:
@@ -155,3 +182,17 @@ def skip_to(cache: KVCache, length: int) -> None:
         for store in (cache.keys, cache.values):
             store[:, :, :, begin:length].normal_()
     cache.advance([length - begin] * cache.batch)
+
+
+@torch.no_grad()
+def first_id(model: QwenVL, ids: Tensor, pixels: Tensor, device: Device) -> float:
+    """Seconds from a prompt [1,T] with a picture to the first new id on the host, with more to come.
+
+    A cache for all of them is allocated, and the loop reads ids some steps late: both are part of what a user waits
+    for. What the device still has to do when the id is there is not.
+    """
+    begin = device.now()
+    cache, logits = prefilled(model, ids, FIRST_OF, pixels)
+    with closing(decode(model, cache, logits, ids, SamplingOptions(max_new_tokens=FIRST_OF))) as stream:  # type: ignore[type-var]
+        next(stream)
+        return device.clock() - begin

@@ -2,6 +2,7 @@
 
 Device          waits for the device before it looks at the clock
 timed           the median of repeats, and the first call apart
+repeated        the same of what looks at the clock itself
 measure_limits  how fast its memory copies and is read, how fast it multiplies matrices
 """
 
@@ -98,14 +99,21 @@ class Timing:
 
 def timed(run: Callable[[], object], device: Device, *, runs: int, seconds: float) -> Timing:
     """Call `run` once, and then up to `runs` times while that takes no more than `seconds`, but once at least."""
-    begin = device.now()
-    run()
-    first = device.now() - begin
-    taken: list[float] = []
-    while len(taken) < runs and (not taken or sum(taken) + taken[-1] < seconds - first):
+
+    def once() -> float:
         begin = device.now()
         run()
-        taken.append(device.now() - begin)
+        return device.now() - begin
+
+    return repeated(once, runs=runs, seconds=seconds)
+
+
+def repeated(once: Callable[[], float], *, runs: int, seconds: float) -> Timing:
+    """As `timed`, of a function that returns how many seconds it took."""
+    first = once()
+    taken: list[float] = []
+    while len(taken) < runs and (not taken or sum(taken) + taken[-1] < seconds - first):
+        taken.append(once())
     return Timing(first, statistics.median(taken), len(taken))
 
 

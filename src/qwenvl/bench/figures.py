@@ -2,7 +2,7 @@
 
 Figure    one number
 Missing   one that there is none of, and why
-Facts     about the device, or a checkpoint
+Facts     about the device
 Target    the published number, the bar and the aim of a figure
 
 The published figures are the README's of Qwen-VL: A100-SXM4-80G, PyTorch 2.0.1, `transformers`. The bars and aims are
@@ -28,8 +28,8 @@ class Figure:
     part: one of PARTS, "device" or "weights". subject: what it was measured on, such as "bfloat16" or "int4". limit:
     what the device could do at best, in the same unit; 0 if that is not known, or the figure has none. limited_by:
     "memory" or "matmul". warm_up: seconds of what went before and is not counted: first calls, captured graphs. note:
-    for people. details: what else the run says. whole: false where the run was cut to the time or the room that there
-    was; no bar is passed or missed then.
+    for people. details: what else the run says. whole: false where the run was cut to the time that there was; no bar
+    is passed or missed then.
     """
 
     part: str
@@ -70,7 +70,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Facts:
-    """About the machine: `device`, `memory_bytes`, `torch`, `dtype`, ...; or about a checkpoint that was written."""
+    """About the machine: `device`, `memory_bytes`, `torch`, `dtype`, ..."""
 
     about: dict[str, str | int]
 

@@ -30,14 +30,15 @@ from tqdm import tqdm
 
 from ..config import QwenVLConfig
 from ..loading import DTYPES, choose_device, load
-from ..model.qwenvl import QwenVL
+from ..training.memory import weight_bytes
+from .decoding import first_id
 from .device import Device, measure_limits
 from .figures import Event, Facts, Figure, Missing
 from .measure import Subject, compiled, guarded, measure_model, picture_ids
 from .peers import measure_llama
 from .plan import COMPARISONS, Plan
 from .random_weights import random_model, write_checkpoint
-from .roofline import Limits, weight_bytes
+from .roofline import Limits
 
 NO_LIMITS = Limits()
 LAST_WORDS = 10.0  # seconds in which a process that has said all is to end
@@ -115,31 +116,32 @@ def _device(job: Job, device: Device, _: float) -> Iterator[Event]:
         yield Missing("device", "device", f"peak memory: torch does not count it on {about['kind']}", failed=False)
 
 
-def _loaded(job: Job, device: Device) -> QwenVL:
+def _subject(job: Job, device: Device) -> Subject:
+    """Its model, loaded or drawn."""
     if job.weights.folder:
-        return load(job.weights.folder, device.torch, job.dtype, quiet=True).model
-    return random_model(job.weights.config, DTYPES[job.dtype], device)
+        model = load(job.weights.folder, device.torch, job.dtype, quiet=True).model
+    else:
+        model = random_model(job.weights.config, DTYPES[job.dtype], device)
+    return Subject(model, device, job.limits, job.subject)
 
 
 def _model(job: Job, device: Device, end: float) -> Iterator[Event]:
     yield f"{job.subject}: weights"
     begin = device.now()
-    model = _loaded(job, device)
+    subject = _subject(job, device)
     yield Figure("weights", job.subject, "weights in place", round(device.now() - begin, 3), "s")
-    yield from measure_model(Subject(model, device, job.limits, job.subject), job.plan, end - device.clock())
+    yield from measure_model(subject, job.plan, end - device.clock())
 
 
 def _compile(job: Job, device: Device, end: float) -> Iterator[Event]:
     yield f"{job.subject}: decoding, compiled"
-    subject = Subject(_loaded(job, device), device, job.limits, job.subject)
+    subject = _subject(job, device)
     yield from compiled(subject, job.plan, end - device.clock())
 
 
-def _write(job: Job, device: Device, end: float) -> Iterator[Event]:
+def _write(job: Job, device: Device, _: float) -> Iterator[Event]:
     yield f"{job.subject}: a checkpoint to start from"
-    config, folder = job.weights.config, Path(job.weights.folder)
-    written = write_checkpoint(folder, config, DTYPES[job.dtype], device, end - device.clock())
-    yield Facts({"layers": written.num_hidden_layers, "layers_wanted": config.num_hidden_layers})
+    write_checkpoint(Path(job.weights.folder), job.weights.config, DTYPES[job.dtype], device)
 
 
 def _start(job: Job, device: Device, _: float) -> Iterator[Event]:
@@ -148,10 +150,10 @@ def _start(job: Job, device: Device, _: float) -> Iterator[Event]:
     pipeline = load(job.weights.folder, device.torch, job.dtype, quiet=True)
     loaded = device.now()
     size = pipeline.config.visual.image_size
-    pipeline.generate_ids(torch.tensor([picture_ids(pipeline.config)]), torch.randn(1, 3, size, size), max_new_tokens=1)
-    spent: dict[str, float | str] = {"load_s": round(loaded - begin, 3)}
-    spent["first_token_s"] = round(device.now() - loaded, 3)
-    yield Figure("start-up", job.subject, "start to first token", device.now() - begin, "s", details=spent)
+    ids = torch.tensor([picture_ids(pipeline.config)], device=device.torch)
+    first = first_id(pipeline.model, ids, torch.randn(1, 3, size, size), device)
+    spent: dict[str, float | str] = {"load_s": round(loaded - begin, 3), "first_token_s": round(first, 3)}
+    yield Figure("start-up", job.subject, "start to first token", loaded - begin + first, "s", details=spent)
 
 
 def _transformers(job: Job, device: Device, end: float) -> Iterator[Event]:
@@ -170,7 +172,7 @@ _KINDS: dict[Kind, Callable[[Job, Device, float], Iterator[Event]]] = {
 }
 
 
-def run_here(job: Job, _: float) -> Iterator[Event]:
+def run_here(job: Job) -> Iterator[Event]:
     """Do a job in this process, which no limit of time stops."""
     yield from perform(job)
 

@@ -26,11 +26,11 @@ from ..config import QwenVLConfig
 from ..errors import QwenVLError
 from ..generation.batch import generate_batch
 from ..generation.decode import prefill
-from ..generation.room import allocate, bounded
+from ..generation.room import allocate
 from ..generation.sampling import SamplingOptions
 from ..model.qwenvl import QwenVL
-from .decoding import Stretch, TimedStepper, longest_run
-from .device import Device, Timing, timed
+from .decoding import Stretch, TimedStepper, first_id, longest_run, prefilled
+from .device import Device, Timing, repeated, timed
 from .figures import Event, Figure, Missing
 from .plan import COMPARISONS, Budget, Plan
 from .roofline import Limits, Work, encoding, prefilling, stepping
@@ -81,34 +81,24 @@ class Subject:
 
     def milliseconds(self, part: str, name: str, timing: Timing, *steps: Work) -> Figure:
         """What repeats took, beside the least that they could."""
-        return Figure(
-            part,
-            self.name,
-            name,
-            round(1e3 * timing.median, 3),
-            "ms",
-            limit=round(1e3 * self.limits.seconds(*steps), 3),
-            limited_by=self.limits.binding(*steps),
-            warm_up=round(timing.first, 4),
-            details={"runs": timing.runs},
-        )
+        taken, first = round(1e3 * timing.median, 3), round(timing.first, 4)
+        figure = Figure(part, self.name, name, taken, "ms", warm_up=first, details={"runs": timing.runs})
+        return self.limits.hold(figure, *steps)
 
     def rate(self, part: str, name: str, rows: int, first: Stretch, run: Stretch, note: str = "") -> Figure:
         """Tokens a second of all rows, captures and first steps apart, beside the most that it could be."""
         work = stepping(self.config, self.width, rows, run.context)
-        least, whole = self.limits.seconds(work), run.steps == run.wanted
+        whole = run.steps == run.wanted
         captures = first.capture_seconds + run.capture_seconds
         on_gpu = self.device.torch.type == "cuda"
         eager = "steps were not captured as CUDA graphs" if on_gpu and not run.captured else ""
         shortened = f"{run.steps} of {run.wanted} steps, from {run.begin} tokens on"
-        return Figure(
+        figure = Figure(
             part,
             self.name,
             name,
             round(rows / run.step_seconds, 2),
             "tok/s",
-            limit=round(rows / least, 2) if least else 0.0,
-            limited_by=self.limits.binding(work),
             warm_up=round(first.seconds + captures, 3),
             note="; ".join(filter(None, (note, "" if whole else shortened, eager))),
             details={
@@ -122,6 +112,7 @@ class Subject:
             },
             whole=whole,
         )
+        return self.limits.hold(figure, work, rows=rows)
 
     def peak(self, part: str, name: str) -> Iterator[Figure]:
         """The most memory that was allocated since the device's last `release`, where that is counted."""
@@ -210,10 +201,9 @@ def _prefill(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
 
 
 def _first_token(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
-    """From a picture's pixels on the host to the first id there, a cache for it included."""
-    ids, pixels = subject.prompt(subject.span), subject.pixels("cpu")
-    run = partial(generate_batch, subject.model, ids, SamplingOptions(max_new_tokens=1), pixels=pixels)
-    timing = timed(run, subject.device, runs=plan.repeats, seconds=seconds)
+    """From a picture's pixels on the host to the first id there, of several, a cache for them included."""
+    once = partial(first_id, subject.model, subject.prompt(subject.span), subject.pixels("cpu"), subject.device)
+    timing = repeated(once, runs=plan.repeats, seconds=seconds)
     steps = encoding(subject.config, subject.width), prefilling(subject.config, subject.width, subject.span)
     yield subject.milliseconds("first-token", "first token behind an image", timing, *steps)
 
@@ -234,26 +224,18 @@ def _behind_a_picture(
 ) -> tuple[Stretch, Stretch]:
     """Decode `tokens` by `run`, from a cache of its own."""
     ids, model = subject.prompt(subject.span), subject.model
-    cache = allocate(model, 1, subject.span + tokens)
-    with bounded(model, 1, subject.span + tokens, cache=cache):
-        logits = prefill(model, cache, ids, pixels=subject.pixels(subject.device.torch))
-        stepper = TimedStepper(model, cache, subject.device, backend=backend)
-        stretches = run(stepper, logits, ids, tokens - 1)
-    if backend and stepper.failure is not None:  # what was timed then is not what was asked for
-        raise stepper.failure
-    return stretches
+    cache, logits = prefilled(model, ids, tokens, subject.pixels(subject.device.torch))
+    return run(TimedStepper(model, cache, subject.device, backend=backend), logits, ids, tokens - 1)
 
 
 @torch.no_grad()
 def _batch(subject: Subject, plan: Plan, rows: int, seconds: float) -> Iterator[Event]:
     """New tokens in several rows at once, behind as much text in each."""
     context = min(plan.batch_context, subject.config.max_position_embeddings - plan.batch_new)
-    ids, slots = subject.text(rows, context), context + plan.batch_new
-    cache = allocate(subject.model, rows, slots)
-    with bounded(subject.model, rows, slots, cache=cache):
-        logits = prefill(subject.model, cache, ids)
-        stepper = TimedStepper(subject.model, cache, subject.device)
-        first, run = longest_run(stepper, logits, ids, plan.batch_new - 1, seconds=seconds, most=0)
+    ids = subject.text(rows, context)
+    cache, logits = prefilled(subject.model, ids, plan.batch_new)
+    stepper = TimedStepper(subject.model, cache, subject.device)
+    first, run = longest_run(stepper, logits, ids, plan.batch_new - 1, seconds=seconds, most=0)
     yield subject.rate("batch", f"batch of {rows}, {context} + {plan.batch_new} tokens", rows, first, run)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,18 +52,9 @@ def measure_llama(
 
     def figure(name: str, tokens: int, taken: float, first: float) -> Figure:
         work = stepping(config, dtype.itemsize, 1, prompt + (tokens + 1) / 2)
-        least = limits.seconds(work)
-        return Figure(
-            "transformers",
-            f"transformers {transformers.__version__}, {name_of(dtype)}",
-            f"Llama, {name}, {tokens}",
-            round(tokens / taken, 2),
-            "tok/s",
-            limit=round(1 / least, 2) if least else 0.0,
-            limited_by=limits.binding(work),
-            warm_up=round(first, 3),
-            note="prefill included",
-        )
+        subject, rate = f"transformers {transformers.__version__}, {name_of(dtype)}", round(tokens / taken, 2)
+        told = Figure("transformers", subject, f"Llama, {name}, {tokens}", rate, "tok/s", warm_up=round(first, 3))
+        return limits.hold(replace(told, note="prefill included"), work)
 
     first = generate(FEWEST)
     each = generate(FEWEST) / FEWEST

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +22,13 @@ from torch import Tensor
 
 from ..config import CONFIG_FILE, QuantizationConfig, QwenVLConfig
 from ..errors import CheckpointError
-from ..loading import build, free_memory
+from ..loading import build
 from ..model.qwenvl import QwenVL
+from ..training.memory import weight_bytes
 from ..weights.checkpoint import by_columns, dtype_name
 from ..weights.keymap import Entry, entries
 from ..weights.write import Spec, write_folder
 from .device import Device
-from .roofline import weight_bytes
-
-SAMPLE_BYTES = 256 * 2**20  # written to tell how fast the disk is
-ROOM = 0.8  # how much of the disk, of the memory and of the time a checkpoint may take
-SECONDS_PER_BYTE = 1 / 1.5e9  # that making a checkpoint takes beside the disk: drawing, copying to the host
 
 
 def random_model(config: QwenVLConfig, dtype: torch.dtype, device: Device) -> QwenVL:
@@ -98,24 +91,8 @@ def random_tensor(entry: Entry, config: QwenVLConfig, dtype: torch.dtype, device
     return torch.empty(shape, dtype=torch.int32, device=device).random_(-(2**31), 2**31)
 
 
-def write_checkpoint(
-    folder: Path, config: QwenVLConfig, dtype: torch.dtype, device: Device, seconds: float
-) -> QwenVLConfig:
-    """Write random weights to `folder`, and return their configuration: with fewer decoder layers than asked for where
-    the disk's room or speed, or the memory that is to hold them as page cache, is not enough for all.
-
-    Raises CheckpointError if not even one layer fits.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    one, two = (weight_bytes(replace(config, num_hidden_layers=n), dtype.itemsize) for n in (1, 2))
-    per_second = 1 / (1 / _bytes_per_second(folder.parent, min(one, SAMPLE_BYTES)) + SECONDS_PER_BYTE)
-    room = ROOM * min(shutil.disk_usage(folder.parent).free, per_second * seconds, free_memory() or math.inf)
-    if one > room:
-        raise CheckpointError(
-            f"no checkpoint was written to {folder.parent}: one layer makes {one / 1e9:.2f} GB, and within "
-            f"{seconds:.0f} s there is room for {room / 1e9:.2f} GB; set TMPDIR to a larger or faster disk"
-        )
-    config = replace(config, num_hidden_layers=min(config.num_hidden_layers, 1 + int((room - one) // (two - one))))
+def write_checkpoint(folder: Path, config: QwenVLConfig, dtype: torch.dtype, device: Device) -> None:
+    """Write random weights to `folder`."""
     known = {entry.ours: entry for entry in entries(config)}
 
     def read(names: Sequence[str]) -> Iterable[Tensor]:
@@ -124,18 +101,3 @@ def write_checkpoint(
     stored = {"float": dtype, "scale": torch.float16, "packed": torch.int32}
     specs = {name: Spec(entry.our_shape, dtype_name(stored[entry.kind])) for name, entry in known.items()}
     write_folder(folder, specs, read, "qwenvl", {CONFIG_FILE: json.dumps(config.to_dict()).encode()}, quiet=True)
-    return config
-
-
-def _bytes_per_second(folder: Path, sample: int) -> float:
-    """How fast the disk takes what is written to it."""
-    path, content = folder / "sample", os.urandom(2**20)
-    begin = time.perf_counter()
-    with open(path, "wb") as file:
-        for start in range(0, sample, len(content)):
-            file.write(content[: sample - start])
-        file.flush()
-        os.fsync(file.fileno())
-    taken = time.perf_counter() - begin
-    path.unlink()
-    return sample / taken

@@ -1,8 +1,8 @@
 """The least time that work takes on a device (the roofline model, Williams 2009), by arithmetic on the configuration.
 
-    Work, Limits                          operations and bytes; how many of each a device does in a second
-    encoding, prefilling, stepping        the work of each
-    weight_bytes, step_bytes, kv_bytes    bytes of all weights, of those that a step reads, of one token's cache
+    Work, Limits                      operations and bytes; how many of each a device does in a second
+    encoding, prefilling, stepping    the work of each
+    step_bytes, kv_bytes              bytes of the weights that a step reads, of one token's cache
 
 A multiplication and its addition are two operations. Counted are matrix products alone; of causal attention the half
 that is not masked. Bytes are each weight once and, for a step, the keys and values that are there.
@@ -11,11 +11,12 @@ that is not masked. Bytes are each weight once and, for a step, the keys and val
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import QwenVLConfig
 from ..training.memory import block_linears
 from ..weights.keymap import Entry, entries
+from .figures import RATES, Figure
 
 SCALE_BYTES, WORD_BYTES = 2, 4  # of packed weights: float16 and int32
 
@@ -48,6 +49,13 @@ class Limits:
         longest = max(steps, key=lambda work: self.seconds(work))
         return "memory" if self._memory(longest) > self._matmul(longest) else "matmul"
 
+    def hold(self, figure: Figure, *steps: Work, rows: int = 1) -> Figure:
+        """The figure beside what these works allow: the least milliseconds, or the most steps of `rows` a second."""
+        if not (least := self.seconds(*steps)):
+            return figure
+        limit = rows / least if figure.unit in RATES else 1e3 * least
+        return replace(figure, limit=round(limit, 3), limited_by=self.binding(*steps))
+
     def _memory(self, work: Work) -> float:
         return work.bytes / self.bytes_per_second
 
@@ -59,11 +67,6 @@ def entry_bytes(entry: Entry, width: int) -> int:
     """Bytes of a tensor where floating-point weights have `width` bytes each."""
     each = {"float": width, "scale": SCALE_BYTES, "packed": WORD_BYTES}[entry.kind]
     return each * math.prod(entry.our_shape)
-
-
-def weight_bytes(config: QwenVLConfig, width: int) -> int:
-    """Bytes of all weights."""
-    return sum(entry_bytes(entry, width) for entry in entries(config))
 
 
 def step_bytes(config: QwenVLConfig, width: int) -> int:
