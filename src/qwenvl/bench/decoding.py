@@ -138,7 +138,7 @@ def stretch(stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, 
         warnings.simplefilter("ignore")  # steps that are taken back in a row whose prompt was skipped to: its alpha
         for _ in stream:
             read += 1
-            if device.clock() - begin > seconds:
+            if read > 2 and device.clock() - begin > seconds:  # one step takes what the one before left undone
                 break
         taken = device.clock() - begin  # the last token has been waited for
     spent = stepper.capture_seconds - before
@@ -188,7 +188,7 @@ def skip_to(cache: KVCache, length: int) -> None:
 def first_id(model: QwenVL, ids: Tensor, pixels: Tensor, device: Device) -> float:
     """Seconds from a prompt [1,T] with a picture to the first new id on the host, with more to come.
 
-    A cache for all of them is allocated, and the loop reads ids some steps late: both are part of what a user waits
+    A cache for all of them is allocated, and whatever the loop does before it reads the id is part of what a user waits
     for. What the device still has to do when the id is there is not.
     """
     begin = device.now()

@@ -27,6 +27,7 @@ from .plan import Plan
 SHORTEST = 0.01  # seconds that are timed at once, so that looking at the clock is none of it
 REPEATS, SECONDS = 9, 1.0  # of each limit
 CPU_SIDE = 2048  # of the matrices there, where larger ones are multiplied no faster
+CPU_BYTES = 512 * 2**20  # of a copy there: more than any cache holds, and not long in the making
 
 
 class Device:
@@ -125,7 +126,8 @@ def measure_limits(device: Device, plan: Plan, dtype: torch.dtype) -> Iterator[F
     tensor reads and does little else, but no such kernel is sure to be the fastest; a copy, whose bytes count twice,
     read and written, is the usual measure. Figures are held against the greater of the two.
     """
-    size = min(plan.copied_bytes, device.free() // 8 or plan.copied_bytes)
+    on_cpu = device.torch.type == "cpu"
+    size = min(plan.copied_bytes, device.free() // 8 or plan.copied_bytes, CPU_BYTES if on_cpu else plan.copied_bytes)
     source = torch.randn(size // 4, device=device.torch)
     target = torch.empty_like(source)
     for name, moved, run in (
@@ -135,11 +137,12 @@ def measure_limits(device: Device, plan: Plan, dtype: torch.dtype) -> Iterator[F
         yield Figure("device", "device", name, round(moved / _seconds(run, device) / 1e9, 2), "GB/s")
     del source, target, run
     device.release()
-    side = plan.matmul_side if device.torch.type == "cuda" else min(plan.matmul_side, CPU_SIDE)
-    left, right = (torch.randn(side, side, device=device.torch).to(dtype) for _ in range(2))
-    rate = 2 * side**3 / _seconds(partial(torch.mm, left, right, out=torch.empty_like(left)), device) / 1e12
-    name = f"{name_of(dtype)} matrix product, {side} x {side}"
-    yield Figure("device", "device", name, round(rate, 4), "TFLOP/s")
+    side = min(plan.matmul_side, CPU_SIDE) if on_cpu else plan.matmul_side
+    for kind in dict.fromkeys([dtype, *([torch.float32] if on_cpu else [])]):  # few CPUs are faster in 16 bits
+        left, right = (torch.randn(side, side, device=device.torch).to(kind) for _ in range(2))
+        rate = 2 * side**3 / _seconds(partial(torch.mm, left, right), device) / 1e12
+        name = f"{name_of(kind)} matrix product, {side} x {side}"
+        yield Figure("device", "device", name, round(rate, 4), "TFLOP/s")
 
 
 def name_of(dtype: torch.dtype) -> str:

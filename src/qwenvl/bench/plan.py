@@ -50,7 +50,7 @@ GRACE = 15.0  # seconds that a process may take longer than it was told, before 
 FULL = Plan()
 QUICK = replace(FULL, seconds=105, parts=IN_A_MODEL, most_steps=128, batch_new=32, repeats=5)
 TINY = Plan(
-    seconds=60,
+    seconds=300,  # half a minute, where nothing else runs
     parts=tuple(part for part in PARTS if part != "compile"),  # half a minute of C++ compiling
     prefill=96,
     decode=(24, 400),
