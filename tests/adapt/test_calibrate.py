@@ -213,6 +213,7 @@ def trained() -> QwenVL:
     return qwenvl.load("tiny", "cpu", "float32", quiet=True).model
 
 
+@pytest.mark.slow
 def test_per_layer_errors_of_the_embedded_model(scenes: dict[Split, list[Example]]) -> None:
     """On held-out prompts every linear of a trained model is closer than rounding makes it, by half on average."""
     quantization, original = QuantizationConfig(group_size=64), trained()
