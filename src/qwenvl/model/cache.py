@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from .rope import inverse_frequencies, ntk_alpha
 Slots: TypeAlias = "Tensor | tuple[Tensor, Tensor, Tensor]"
 
 
+@dataclass(eq=False)
 class KVCache:
     """Keys and values of B rows, with room for S tokens each. Make one with `allocate`.
 
@@ -34,20 +36,13 @@ class KVCache:
         alphas: [B] float64 on the CPU, each row's NTK alpha; 0 where it is not fixed yet.
     """
 
-    def __init__(
-        self,
-        config: QwenVLConfig,
-        keys: Tensor,
-        values: Tensor,
-        lengths: Tensor,
-        frequencies: Tensor,
-        host_lengths: Tensor,
-        alphas: Tensor,
-    ) -> None:
-        self.config = config
-        self.keys, self.values = keys, values
-        self.lengths, self.frequencies = lengths, frequencies
-        self.host_lengths, self.alphas = host_lengths, alphas
+    config: QwenVLConfig
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    frequencies: Tensor
+    host_lengths: Tensor
+    alphas: Tensor
 
     @classmethod
     def allocate(
@@ -96,21 +91,12 @@ class KVCache:
 
     def rows(self, selection: slice) -> KVCache:
         """Some of the rows, sharing this cache's memory: what is written through the view is written here."""
-        return KVCache(
-            self.config,
-            keys=self.keys[:, selection],
-            values=self.values[:, selection],
-            lengths=self.lengths[selection],
-            frequencies=self.frequencies[selection],
-            host_lengths=self.host_lengths[selection],
-            alphas=self.alphas[selection],
-        )
+        keys, values = self.keys[:, selection], self.values[:, selection]
+        return KVCache(self.config, keys, values, *(state[selection] for state in self._states))
 
     def bucket(self, slots: int) -> KVCache:
         """All rows with their first `slots` slots only, sharing this cache's memory."""
-        view = self.rows(slice(None))
-        view.keys, view.values = self.keys[:, :, :, :slots], self.values[:, :, :, :slots]
-        return view
+        return replace(self, keys=self.keys[:, :, :, :slots], values=self.values[:, :, :, :slots])
 
     def declare(self, prompt_lengths: Sequence[int], *, dynamic_ntk: bool = True) -> None:
         """Fix the NTK alpha of every row that has none yet, from the full length of its prompt in tokens.
@@ -122,13 +108,10 @@ class KVCache:
         if len(prompt_lengths) != self.batch:
             raise CacheError(f"{len(prompt_lengths)} prompt lengths were declared for a cache of {self.batch} rows")
         for row in (self.alphas == 0).nonzero()[:, 0].tolist():
-            if prompt_lengths[row] == 0:  # nothing but padding: its prompt is still to come
-                continue
-            alpha = self._alpha_for(prompt_lengths[row]) if dynamic_ntk else 1.0
-            self.alphas[row] = alpha
-            self.frequencies[row] = inverse_frequencies(
-                self.config.kv_channels, self.config.rotary_emb_base, alpha, self.frequencies.device
-            )
+            if prompt_lengths[row] > 0:  # else nothing but padding: its prompt is still to come
+                self.alphas[row] = alpha = self._alpha_for(prompt_lengths[row]) if dynamic_ntk else 1.0
+                size, base = self.config.kv_channels, self.config.rotary_emb_base
+                self.frequencies[row] = inverse_frequencies(size, base, alpha, self.frequencies.device)
 
     def fits(self, row: int, prompt_length: int) -> bool:
         """Whether a prompt of this many tokens would get the alpha that the row was filled under."""
@@ -161,23 +144,35 @@ class KVCache:
         self.host_lengths.copy_(torch.tensor(lengths, device="cpu"))
         self.lengths.copy_(self.host_lengths)
 
-    def reorder(self, rows: Sequence[int]) -> KVCache:
-        """Row b becomes what row `rows[b]` was, in place: how beam search keeps, spreads and drops its hypotheses.
+    def reorder(self, rows: Sequence[int], places: Sequence[int] | None = None) -> KVCache:
+        """Row b, or row `places[b]`, becomes what row `rows[b]` was, in place.
 
-        Returns a view of these rows, which are the first len(rows).
+        So beam search keeps, spreads and drops its hypotheses, and two rows change places. Returns a view of the first
+        len(rows) rows.
         """
-        host_index = torch.tensor(rows, device="cpu")
-        index = host_index.to(self.keys.device)
-        view = self.rows(slice(len(rows)))
-        longest = int(self.host_lengths[host_index].max())
-        for store, target in ((self.keys, view.keys), (self.values, view.values)):
-            for old, new in zip(store, target, strict=True):  # layer by layer, so that only one is ever held twice
-                new[:, :, :longest] = old[index, :, :longest]
-        view.lengths.copy_(self.lengths[index])
-        view.frequencies.copy_(self.frequencies[index])
-        view.host_lengths.copy_(self.host_lengths[host_index])
-        view.alphas.copy_(self.alphas[host_index])
-        return view
+        old, new = list(rows), list(range(len(rows)) if places is None else places)
+        longest, device = int(self.host_lengths[old].max()), self.keys.device
+        source, target = torch.tensor(old, device=device), torch.tensor(new, device=device)
+        for layer in (*self.keys, *self.values):  # one by one, so that only one is ever held twice
+            layer[target, :, :longest] = layer[source, :, :longest]
+        for state in self._states:
+            state[new] = state[old]
+        return self.rows(slice(len(rows)))
+
+    def copy_from(self, source: KVCache, length: int) -> None:
+        """Hold the first `length` tokens of `source`, a cache or a view of as many rows, under its rows' alphas."""
+        for new, old in ((self.keys, source.keys), (self.values, source.values)):
+            new[:, :, :, :length] = old[:, :, :, :length]
+        for state, old in zip(self._states, source._states, strict=True):
+            state.copy_(old)
+        self.lengths.fill_(length)
+        self.host_lengths.fill_(length)
+
+    def erase(self) -> None:
+        """Be empty, and zero: what a failed computation left (NaN) would not be hidden by a mask."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.rewind([0] * self.batch)
 
     def append(self, layer: int, keys: Tensor, values: Tensor, slots: Slots, bucket: int) -> tuple[Tensor, Tensor]:
         """Write keys and values [B,H,T,D] of one layer; return views of its first `bucket` slots, [B,H,bucket,D].
@@ -200,6 +195,10 @@ class KVCache:
             self.lengths += new_tokens[0]
         else:
             self.lengths.copy_(self.host_lengths)
+
+    @property
+    def _states(self) -> tuple[Tensor, ...]:
+        return self.lengths, self.frequencies, self.host_lengths, self.alphas
 
     def _alpha_for(self, prompt_length: int) -> float:
         return ntk_alpha(prompt_length, self.config.seq_length) if self.config.use_dynamic_ntk else 1.0
