@@ -37,15 +37,17 @@ class Stepper:
     once a capture has failed (`captures` is false then), a step is the model's `forward`. A Stepper is for the cache
     and the weights that it was made with, where they are.
 
-    `step` is what is captured: `Decoder.step`, or a function that computes the same.
+    `step` is what is captured: `Decoder.step`, or a function that computes the same. `beside` is another Stepper whose
+    graphs these may share their memory with: what one of the two returned is written over by the other's next call, too.
     """
 
-    def __init__(self, model: QwenVL, cache: KVCache) -> None:
+    def __init__(self, model: QwenVL, cache: KVCache, *, beside: Stepper | None = None) -> None:
         self.model, self.cache = model, cache
         self.step: Callable[[Tensor, KVCache], Tensor] = model.decoder.step
         self.captures = cache.keys.is_cuda and not model.training and not GRAPHS.failed
         self._graphs: dict[int, Callable[[], Tensor]] = {}
-        self._pool: Any = None  # memory that the graphs share, since only one runs at a time
+        # Memory that the graphs share, since only one runs at a time: once there is one, it is in the list.
+        self._pool: list[Any] = [] if beside is None else beside._pool
         with torch.inference_mode(False):  # it is written to later, also where that mode is not on
             self._ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
 
@@ -79,7 +81,7 @@ class Stepper:
                 self.cache.lengths.copy_(lengths)  # which running a step has advanced
         if not self.captures:
             self._graphs.clear()  # and their memory
-            self._pool = None
+            self._pool.clear()
         return self._graphs.get(bucket)
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
@@ -97,9 +99,9 @@ class Stepper:
             finally:
                 torch.cuda.current_stream(device).wait_stream(aside)
             # Other threads may go on using the device meanwhile: what they do is not for this capture to forbid.
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=next(iter(self._pool), None), stream=aside, capture_error_mode="thread_local"):
                 logits = self.step(self._ids, view)
-        self._pool = graph.pool()
+        self._pool[:] = [graph.pool()]
 
         def replay() -> Tensor:
             graph.replay()

@@ -113,7 +113,7 @@ def decode(
     if history_mask is not None:
         mask[:, :width] = history_mask.bool()
     going = set(range(len(logits)))
-    chosen: deque[_Chosen] = deque()  # not read yet
+    chosen: deque[Chosen] = deque()  # not read yet
     read = 0  # steps that have been
     try:
         for n_generated in range(max(limits)):
@@ -130,17 +130,17 @@ def decode(
             if options.do_sample:
                 scores = warp(scores, options)
             ids = sample(scores, generators)
-            told = log_probabilities(logits, ids.clamp(min=0)) if with_log_probabilities else None
-            chosen.append(_Chosen(ids, told))
+            likely = log_probabilities(logits, ids.clamp(min=0)) if with_log_probabilities else None
+            chosen.append(Chosen(ids, likely))
             last = n_generated + 1 == max(limits)
             # The first is read at once, for whoever waits for it; and an answer may end with it.
             while len(chosen) > (AHEAD if stepper.captures and n_generated and not last else 0):
-                new = chosen.popleft().read(going)
+                found, told = chosen.popleft().read()
+                require_ids([id_ if row in going else 0 for row, id_ in enumerate(found)])
                 read += 1
-                yield new
+                yield NewIds([id_ if row in going else None for row, id_ in enumerate(found)], told)
                 for row in sorted(going):
-                    id_ = new.ids[row]
-                    assert id_ is not None
+                    id_ = found[row]
                     stopped = id_ in stop_ids or (should_stop is not None and should_stop(row, id_))
                     if stopped or read == limits[row]:
                         going.remove(row)
@@ -159,8 +159,8 @@ def decode(
             cache.rewind(kept.tolist(), prompt_lengths=begun.tolist())
 
 
-class _Chosen:
-    """Ids [B] of a step, and their log-probabilities, on the way to the host."""
+class Chosen:
+    """Ids [B] of a step, and their log-probabilities if they were asked for, on the way to the host."""
 
     def __init__(self, ids: Tensor, told: Tensor | None) -> None:
         self._ids, self._told = _to_host(ids), None if told is None else _to_host(told)
@@ -168,14 +168,11 @@ class _Chosen:
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(ids.device))
 
-    def read(self, going: set[int]) -> NewIds:
-        """What they are for the rows that have not ended. Raises QwenVLError if one of these has no id."""
+    def read(self) -> tuple[list[int], list[float] | None]:
+        """Wait for them. An id is NO_ID where there was none to choose."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        ids = self._ids.tolist()
-        require_ids([id_ if row in going else 0 for row, id_ in enumerate(ids)])
-        told = None if self._told is None else self._told.tolist()
-        return NewIds([id_ if row in going else None for row, id_ in enumerate(ids)], told)
+        return self._ids.tolist(), None if self._told is None else self._told.tolist()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

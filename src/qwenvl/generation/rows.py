@@ -1,0 +1,144 @@
+"""Whose the rows of an engine's cache are, and what the free ones still hold.
+
+The rows stand in this order: those whose next token is due, [0, decoding); those whose prompt is being computed, up to
+[.., len(requests)); the free ones, which keep what their last request left for a later prompt that begins alike. So a
+step of all that decode is a step of the cache's first rows, and nothing is computed for the others. Who leaves or goes
+from one part to the next changes places for that, which copies two rows: little, beside the tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..model.cache import KVCache
+from .prefix import Signs, reusable
+from .request import Request
+
+
+class Rows:
+    """The rows of `cache`.
+
+    Attributes:
+        requests: those that have a row, in the order of the rows.
+        decoding: so many of them, from the first, are beyond their prompts.
+        next_ids: [B] on the device, the ids with which these go on.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.requests: list[Request] = []
+        self.decoding = 0
+        with torch.inference_mode(False):
+            self.next_ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
+        self._texts = np.zeros((cache.batch, cache.max_length + 1), np.int64)  # the signs of what the rows hold
+        self._known = np.zeros(cache.batch, np.int64)  # tokens of each row that are computed and noted in `_texts`
+        self._left = np.zeros(cache.batch, np.int64)  # when it was left, by counting
+        self._departures = 0
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody has."""
+        return self.cache.batch - len(self.requests)
+
+    def view(self, row: int) -> KVCache:
+        """One row as a cache of its own."""
+        return self.cache.rows(slice(row, row + 1))
+
+    def take(self, request: Request) -> None:
+        """Give a free row to a request, filled with as much of its prompt as any row holds."""
+        wanted, row = request.signs, len(self.requests)
+        source, kept = self._longest(wanted, len(request.prompt))
+        oldest = row + int(self._left[row:].argmin())
+        goes_on = source >= row and (kept == self._known[source] or source == oldest)
+        if kept and goes_on:  # nothing is lost that would not be lost anyway
+            self._swap(source, row)
+            self.view(row).rewind([kept], prompt_lengths=[len(request.prompt)])
+        else:
+            self._swap(oldest, row)
+            source = {row: oldest, oldest: row}.get(source, source)
+            self.view(row).rewind([0])
+            if kept:
+                self.view(row).copy_from(self.view(source), kept)
+        request.row, request.done, request.reused = row, kept, kept
+        self._texts[row, : len(wanted)] = wanted
+        self._known[row] = kept
+        self.requests.append(request)
+        self.view(row).declare([len(request.prompt)])
+
+    def side_by_side(self, requests: Sequence[Request]) -> KVCache:
+        """The rows of requests whose prompts are being computed, in this order."""
+        first = requests[0].row
+        if [request.row for request in requests] != list(range(first, first + len(requests))):
+            first = self.decoding
+            for place, request in enumerate(requests, first):
+                self._swap(request.row, place)
+        return self.cache.rows(slice(first, first + len(requests)))
+
+    def catch_up(self, request: Request) -> None:
+        """Take over what another row has computed of the same prompt since."""
+        source, kept = self._longest(request.signs, len(request.prompt))
+        if source != request.row and kept > request.done:
+            self.view(request.row).copy_from(self.view(source), kept)
+            request.reused += kept - request.done
+            self.computed(request, kept)
+
+    def computed(self, request: Request, done: int) -> None:
+        """The row of a request holds so many tokens of its prompt now."""
+        request.done = self._known[request.row] = done
+
+    def note(self, request: Request) -> None:
+        """The newest id of a request has been read; the one before it has been fed to the model, or nothing has."""
+        end = len(request.prompt) + len(request.ids)
+        self._texts[request.row, end - 1] = request.ids[-1]
+        self._known[request.row] = end - 1
+
+    def start_decoding(self, request: Request) -> None:
+        """Its prompt has been computed."""
+        self._swap(request.row, self.decoding)
+        self.decoding += 1
+
+    def leave(self, request: Request, *, erase: bool) -> None:
+        """Free a request's row, which keeps what is known of its text; nothing if it is to be erased."""
+        if request.row < self.decoding:
+            self.decoding -= 1
+            self._swap(request.row, self.decoding)
+        self._swap(request.row, len(self.requests) - 1)
+        self.requests.pop()
+        row, request.row = request.row, -1
+        self._departures += 1
+        self._left[row] = self._departures
+        if erase:
+            self.view(row).erase()
+            self._known[row] = self._left[row] = 0
+        else:
+            self.view(row).rewind([int(self._known[row])], prompt_lengths=[len(request.prompt)])
+
+    def forget(self) -> None:
+        """Drop what the free rows hold."""
+        for row in range(len(self.requests), self.cache.batch):
+            self.view(row).rewind([0])
+            self._known[row] = self._left[row] = 0
+
+    def _longest(self, wanted: Signs, prompt_length: int) -> tuple[int, int]:
+        """The row that holds most of a prompt's beginning, under the NTK alpha that the prompt has, and how much."""
+        kept = [
+            reusable(self._texts[row, :known], wanted) if known and self.cache.fits(row, prompt_length) else 0
+            for row, known in enumerate(self._known.tolist())
+        ]
+        source = int(np.argmax(kept))
+        return source, kept[source]
+
+    def _swap(self, a: int, b: int) -> None:
+        """Let two rows change places, and whoever has them."""
+        if a == b:
+            return
+        self.cache.reorder([b, a], places=[a, b])
+        self.next_ids[[a, b]] = self.next_ids[[b, a]]
+        for state in (self._texts, self._known, self._left):
+            state[[a, b]] = state[[b, a]]
+        if max(a, b) < len(self.requests):
+            for row, request in ((b, self.requests[a]), (a, self.requests[b])):
+                self.requests[row], request.row = request, row
