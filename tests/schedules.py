@@ -55,8 +55,8 @@ def mixed(model: QwenVL, count: int, longest: int, seed: int = 0) -> list[Asked]
     for _ in range(count):
         shown: list[int] = []
         ids: list[int] = []
-        if requests and draw.random() < 0.4:  # a further round
-            earlier = draw.choice(requests)
+        earlier = draw.choice(requests) if requests and draw.random() < 0.4 else None
+        if earlier is not None and vision.image_start_id not in earlier.alone:  # a further round
             ids = [*earlier.ids, *earlier.alone]
             shown = (
                 []
