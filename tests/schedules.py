@@ -22,9 +22,9 @@ TIE = 1e-4  # logits that lie closer than this may come in either order: a batch
 class Asked:
     """A prompt, and what is said to it when it is alone."""
 
-    ids: list[int]
-    pixels: Tensor | None
-    options: SamplingOptions
+    ids: list[int] = field(repr=False)
+    pixels: Tensor | None = field(repr=False)
+    options: SamplingOptions = field(repr=False)
     alone: list[int] = field(repr=False)
 
     def submit(self, engine: Engine) -> Request:

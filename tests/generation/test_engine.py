@@ -419,7 +419,7 @@ def test_lookup_takes_fewer_steps_for_the_same_ids(model: QwenVL, columns: list[
     """A text that repeats itself is guessed, several ids to a step, and nothing else is said."""
     monologue = asked(model, some_ids(4, 5), new_tokens=56)
     prompt, expected = [*monologue.ids, *monologue.alone[:44]], monologue.alone[44:]
-    assert len(set(expected)) == 1  # here it says the same again and again
+    assert len(set(expected)) <= 2  # here it says the same again and again
     plain: list[int] = []
     guessed: list[int] = []
     for lookup, counted in ((0, plain), (5, guessed)):

@@ -60,6 +60,8 @@ class Scheduler:
         self._late = self._decode()
         self._read(but=1 if self._late else 0)
         self.release()
+        if not self.rows.decoding:  # what was computed beyond the ends of the last is nobody's
+            self._read()
 
     def release(self) -> None:
         """Free the rows of those that have ended."""
