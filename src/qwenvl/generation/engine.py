@@ -193,7 +193,8 @@ class Engine:
         with self._news:
             while self._waiting and self._waiting[0].finish_reason is not None:
                 self._waiting.popleft()
-            if not self._waiting or (self._waiting[0].alone and self._rows.requests):
+            active = self._rows.requests
+            if not self._waiting or (active and (active[0].alone or self._waiting[0].alone)):
                 return None
             return self._waiting.popleft()
 

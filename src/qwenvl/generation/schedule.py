@@ -82,6 +82,8 @@ class Scheduler:
                 budget -= self._prompts.advance(batch, budget)
                 self._go_on(batch)
             except Exception as error:
+                for request in batch:
+                    self.rows.take_back(request)
                 if len(batch) == 1:
                     self._went_wrong(batch[0], error)
                 else:
