@@ -183,7 +183,8 @@ class Scheduler:
         ids = choose(logits, requests)
         wanted = any(request.with_log_probabilities for request in requests)
         self._unread.append((Chosen(ids, log_probabilities(logits, ids.clamp(min=0)) if wanted else None), requests))
-        self.rows.next_ids[[request.row for request in requests]] = ids.clamp(min=0)
+        for request, id_ in zip(requests, ids.clamp(min=0), strict=True):
+            self.rows.next_ids[request.row] = id_
 
     def _read(self, *, but: int = 0) -> None:
         """Hand out the ids that were chosen, but for those of the latest so many steps."""
