@@ -96,6 +96,7 @@ class Scheduler:
             self._choose(begun, torch.cat([request.logits for request in begun if request.logits is not None]))
         for request in batch:
             if request in begun:
+                request.embeddings = request.logits = None
                 self.rows.start_decoding(request)
             elif request.logits is None or len(request.scores) < len(request.continuations):
                 self._turns.append(request)
