@@ -96,7 +96,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 - a class of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
     """Take it from there."""
     noted = node.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
     for name, cases in getattr(node, "workeroutput", {}).get("differences", {}).items():

@@ -44,7 +44,7 @@ def asked(
 def mixed(model: QwenVL, count: int, longest: int, seed: int = 0) -> list[Asked]:
     """Prompts of 1 to `longest` ids with up to two pictures of three, some of which begin like others, 1 to 16 new ids.
 
-    For `support.small_config`, whose prompts stretch their rotation from 65, 129 and 257 ids on.
+    With `support.small_config`, prompts stretch their rotation from 65, 129 and 257 ids on.
     """
     draw = random.Random(seed)
     config = model.config
@@ -74,7 +74,10 @@ def mixed(model: QwenVL, count: int, longest: int, seed: int = 0) -> list[Asked]
 
 
 def differs(model: QwenVL, one: Asked, ids: Sequence[int]) -> str:
-    """Why `ids` are not what was said alone; nothing if they are, or if they part where two logits are nearly equal."""
+    """Why `ids` are not what was said alone; nothing if they are, or if they part where two logits are nearly equal.
+
+    The latter is listed among pytest's warnings.
+    """
     if list(ids) == one.alone:
         return ""
     if len(ids) != len(one.alone):

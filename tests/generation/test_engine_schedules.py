@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from captured import pretend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schedules import Asked, differs, mixed
-from support import random_model, small_config
+from support import Golden, random_model, small_config
 
+import qwenvl
 from qwenvl.generation.engine import Engine
 from qwenvl.generation.request import Request
 from qwenvl.model.qwenvl import QwenVL
@@ -155,6 +156,28 @@ def scarce(patch: pytest.MonkeyPatch, model: QwenVL, schedule: Schedule) -> None
 
     patch.setattr(model.decoder, "forward", lambda x, *a, **k: sometimes(forward, len(x), x, *a, **k))
     patch.setattr(model.decoder, "step", lambda ids, *a: sometimes(step, len(ids), ids, *a))
+
+
+@pytest.fixture(scope="module", params=["tiny-112", "tiny-448", "tiny"])
+def real(request: pytest.FixtureRequest) -> tuple[QwenVL, list[Asked]]:
+    """The goldens' models and the embedded one, with prompts to draw from."""
+    if request.param == "tiny":
+        model = qwenvl.load("tiny", dtype="float32", device="cpu", quiet=True).model
+    else:
+        golden: Golden = request.getfixturevalue(request.param.replace("-", "_"))
+        model = golden.model
+    room = SLOTS - 17
+    found = [one for one in mixed(model, 30, 60) if len(one.ids) <= room]
+    assert len(found) > 8
+    return model, found
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schedules)
+def test_schedules_of_other_models(real: tuple[QwenVL, list[Asked]], schedule: Schedule) -> None:
+    """So too with the goldens' weights, where the real grid of patches is, and with weights that have learnt."""
+    model, pool = real
+    check(model, pool, replace(schedule, asked=[number % len(pool) for number in schedule.asked]))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
