@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .adapt.adapters import load_adapter
 from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
-from .adapt.layout import columns_first
+from .adapt.layout import columns_first, read_for_few_rows
 from .adapt.packed_cpu import table_bytes
 from .adapt.split import split_attention
 from .config import GenerationConfig, QuantizationConfig, QwenVLConfig
@@ -112,6 +112,8 @@ def build(
         model = QwenVL(config)
         if config.quantization_config is not None:
             quantize_structure(model, config)
+    if device.type == "cpu" and dtype == torch.float32:
+        read_for_few_rows(model.decoder)
     fill(model, columns_first(model, dtype, device))
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
