@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 import qwenvl.generation.decode
+import qwenvl.generation.schedule
 import qwenvl.generation.session
 from qwenvl.adapt import capture
 from qwenvl.adapt.capture import Stepper
@@ -16,8 +17,8 @@ from qwenvl.model.qwenvl import QwenVL
 class PretendedStepper(Stepper):
     """A replay runs the step anew, and writes over what the last one of its bucket gave, as a graph does."""
 
-    def __init__(self, model: QwenVL, cache: KVCache) -> None:
-        super().__init__(model, cache)
+    def __init__(self, model: QwenVL, cache: KVCache, *, beside: Stepper | None = None) -> None:
+        super().__init__(model, cache, beside=beside)
         self.captures = not model.training and not capture.GRAPHS.failed
 
     def _capture(self, bucket: int) -> Callable[[], Tensor]:
@@ -35,5 +36,5 @@ class PretendedStepper(Stepper):
 def pretend(patch: pytest.MonkeyPatch, bucket: int = 16) -> None:
     """Every loop takes captured steps, and reads its ids late, as on a GPU; buckets are small."""
     patch.setattr(capture, "BUCKET", bucket)
-    for module in (qwenvl.generation.decode, qwenvl.generation.session):
+    for module in (qwenvl.generation.decode, qwenvl.generation.session, qwenvl.generation.schedule):
         patch.setattr(module, "Stepper", PretendedStepper)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-import qwenvl.pipeline
+import qwenvl.generation.session
 from qwenvl.generation.decode import NewIds
 from qwenvl.text.tokenizer import REGION_TAGS, Tokenizer
 from qwenvl.weights.hub import embedded
@@ -28,4 +28,4 @@ def speak(monkeypatch: pytest.MonkeyPatch, *replies: Reply) -> None:
         if interruption is not None:
             raise interruption
 
-    monkeypatch.setattr(qwenvl.pipeline, "decode", say)
+    monkeypatch.setattr(qwenvl.generation.session, "decode", say)

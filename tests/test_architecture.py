@@ -26,6 +26,7 @@ FLOORS = [
     ["weights"],
     ["adapt"],
     ["generation"],
+    ["pictures"],
     ["pipeline"],
     ["loading"],
     ["training", "quantization", "evaluation", "serving", "bench", "info", "demo", "terminal", "cli", "__main__"],

@@ -188,14 +188,14 @@ def test_generate(run: Run, dog: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_generate_bare(run: Run, dog: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--bare` leaves out `Picture k:`, which base checkpoints were not trained with."""
     prompts: list[str] = []
-    stream = qwenvl.Pipeline._stream
+    ids = qwenvl.Pipeline._ids
 
     def note(self: qwenvl.Pipeline, prompt: Any, *rest: Any) -> Any:
         assert self.tokenizer is not None
         prompts.append(self.tokenizer.decode(prompt.ids))
-        return stream(self, prompt, *rest)
+        return ids(self, prompt, *rest)
 
-    monkeypatch.setattr(qwenvl.Pipeline, "_stream", note)
+    monkeypatch.setattr(qwenvl.Pipeline, "_ids", note)
     run("generate", "Caption:", "--image", dog, *SHORT)
     run("generate", "Caption:", "--image", dog, "--bare", *SHORT)
     assert prompts[0].startswith("Picture 1:<img>")

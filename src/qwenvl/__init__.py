@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import GenerationConfig, QwenVLConfig, SamplingOptions
     from .errors import QwenVLError
+    from .generation.engine import Engine
     from .image import preprocess
     from .loading import load
     from .model.cache import KVCache
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 # pay for torch.
 _HOMES = {
     "Box": ".text.boxes",
+    "Engine": ".generation.engine",
     "GenerationConfig": ".config",
     "KVCache": ".model.cache",
     "Pipeline": ".pipeline",
@@ -44,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "Box",
+    "Engine",
     "GenerationConfig",
     "KVCache",
     "Pipeline",

@@ -1,14 +1,11 @@
 """The facade: pictures and questions in, answers out. `qwenvl.load` (in `loading`) makes one from a checkpoint's name.
 
-Pipeline     chat, chat_stream, generate, generate_ids, score, ground, draw
-ChatStream   a reply on its way
+Pipeline   chat, chat_stream, generate, generate_stream, generate_ids, score, ground, draw; many at once with an engine
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,27 +15,31 @@ from torch import Tensor
 
 from .config import GenerationConfig
 from .draw import draw_reply
-from .errors import PromptError, QwenVLError
+from .errors import PromptError
 from .generation.batch import generate_batch
 from .generation.beam import BeamOptions
-from .generation.decode import decode, score
+from .generation.decode import score
+from .generation.engine import Engine
+from .generation.request import Request
 from .generation.sampling import SamplingOptions
-from .generation.session import Session, start
-from .image import LIBRARY_POLICY, ImagePolicy, ImageSource, image_hash, open_image, preprocess
+from .generation.session import Session, reply, start
+from .generation.streams import ChatStream, TextStream
+from .image import LIBRARY_POLICY, ImagePolicy, ImageSource, open_image
 from .model.qwenvl import QwenVL
+from .pictures import PictureStore, pixels_of, stored
 from .text.boxes import Box, boxes_in
 from .text.parts import Part, Query, Turn, parts_of
 from .text.prompt import DEFAULT_SYSTEM, Prompt, chatml_prompt, raw_prompt, stop_ids, stop_strings
 from .text.stream import ReplyStream, texts
 from .text.tokenizer import VOCABULARY_FILE, Tokenizer
 
-ImageStore = MutableMapping[str, Image.Image]
-STORED = "image:"  # how the names begin under which pictures are kept in a store
 GROUNDING_TOKENS = 28  # the reference's limit: one box takes at most 22 ids
 
 
 class Pipeline:
-    """A model with everything around it, for one thread. `load` makes one; so does your own code, from its own parts.
+    """A model with everything around it. `load` makes one; so does your own code, from its own parts.
+
+    For one thread and one answer at a time, until `start_engine`.
 
     Attributes:
         model, tokenizer, config, generation_config: what the checkpoint holds; tokenizer None without a vocabulary.
@@ -46,6 +47,7 @@ class Pipeline:
         policy: what pictures may be read from; see `qwenvl.image.ImagePolicy`.
         images: the pictures that were given as objects or fetched from URLs, under the names that histories use.
             It grows with every such picture: give `chat` a store of your own to decide how long they are kept.
+        engine: what computes answers, if `start_engine` was called.
     """
 
     def __init__(
@@ -61,8 +63,19 @@ class Pipeline:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.generation_config = generation_config or GenerationConfig()
         self.name, self.font, self.policy = name, font, policy
-        self.images: ImageStore = {}
+        self.images: PictureStore = {}
+        self.engine: Engine | None = None
         self._session: Session | None = None  # of the latest chat
+
+    def start_engine(self, rows: int = 8, **options: Any) -> Engine:  # noqa: ANN401 - what an Engine takes
+        """Answer many at once from now on: `chat_stream`, `generate_stream` and all that run on them go to an engine.
+
+        What they return is then computed for all together, whoever is iterated over, in any number of threads. Raises
+        CacheError where there is no memory for `rows`; `options` as for `qwenvl.Engine`.
+        """
+        n_vocab = None if self.tokenizer is None else self.tokenizer.n_vocab
+        self.engine = Engine(self.model, rows=rows, n_vocab=n_vocab, stop_ids=self._stop_ids(), **options)
+        return self.engine
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +111,7 @@ class Pipeline:
         numbered: bool = True,
         stop: str | Sequence[str] = (),
         max_window_size: int | None = None,
-        images: ImageStore | None = None,
+        images: PictureStore | None = None,
         **options: Any,  # noqa: ANN401 - the fields of SamplingOptions, each with its own type
     ) -> ChatStream:
         """Stream the reply to `query`: iterate over the result for deltas, then read its `reply` and `history`.
@@ -120,7 +133,7 @@ class Pipeline:
         tokenizer = self._require_tokenizer("chat")
         store = self.images if images is None else images
         turns = () if history is None else history
-        parts = [self._to_reference(part, store) for part in parts_of(query, numbered)]
+        parts = [stored(part, store, self.policy) for part in parts_of(query, numbered)]
         chat_format = self.generation_config.chat_format
         n_queries = self.config.visual.n_queries
         if chat_format == "raw":
@@ -136,10 +149,11 @@ class Pipeline:
                 max_window_size=max_window_size or self.generation_config.max_window_size,
                 n_queries=n_queries,
             )
-        text = ReplyStream(tokenizer, (*stop_strings(chat_format), *texts(stop)))
-        chosen, pictures = self._options(options), self._pictures(prompt, store)
+        ends = (*stop_strings(chat_format), *texts(stop))
         session, self._session = self._session or Session(), None  # taken out: a reply begun meanwhile has its own
-        return ChatStream(self._stream(prompt, pictures, session, text, chosen), list(turns), parts, self, session)
+        ids = self._ids(prompt, store, session, ends, self._options(options))
+        stream = TextStream(ids, ReplyStream(tokenizer, ends), self._stop_ids())
+        return ChatStream(stream, list(turns), parts, keep=lambda: self.keep(session))
 
     def generate(
         self,
@@ -153,11 +167,21 @@ class Pipeline:
 
         Arguments as in `chat_stream`. Tags are kept, nothing is stripped, what ended the text is not part of it.
         """
+        return "".join(self.generate_stream(query, numbered=numbered, stop=stop, **options))
+
+    def generate_stream(
+        self,
+        query: Query,
+        *,
+        numbered: bool = True,
+        stop: str | Sequence[str] = (),
+        **options: Any,  # noqa: ANN401 - the fields of SamplingOptions
+    ) -> TextStream:
+        """Stream what `generate` returns."""
         tokenizer = self._require_tokenizer("generate")
         prompt = raw_prompt(tokenizer, query, n_queries=self.config.visual.n_queries, numbered=numbered)
-        text = ReplyStream(tokenizer, stop, strip=False)
-        pictures = self._pictures(prompt, self.images)
-        return "".join(self._stream(prompt, pictures, Session(), text, self._options(options)))
+        ids = self._ids(prompt, self.images, Session(), texts(stop), self._options(options))
+        return TextStream(ids, ReplyStream(tokenizer, stop, strip=False), self._stop_ids())
 
     def ground(self, image: ImageSource, phrase: str, **options: Any) -> list[Box]:  # noqa: ANN401
         """Where `phrase` is in the picture: boxes in its own pixels, labelled with the phrase; none if none were found.
@@ -253,10 +277,13 @@ class Pipeline:
         tokenizer = self._require_tokenizer("score")
         prompt = raw_prompt(tokenizer, query, n_queries=self.config.visual.n_queries, numbered=numbered)
         ids = [tokenizer.encode(text) for text in texts(continuations, "continuations")]
+        pictures = self._pictures(prompt, self.images)
+        if self.engine is not None:
+            request = self.engine.submit_score(prompt.ids, ids, [pixels for _, pixels in pictures])
+            request.result()
+            return request.scores
         session = Session()
-        logits = start(
-            self.model, session, prompt.ids, self._pictures(prompt, self.images), max(map(len, ids), default=0)
-        )
+        logits = start(self.model, session, prompt.ids, pictures, max(map(len, ids), default=0))
         assert session.cache is not None
         return score(self.model, session.cache, logits, ids)
 
@@ -264,46 +291,27 @@ class Pipeline:
         """Let the next `chat` continue from this session, as far as their texts agree."""
         self._session = session
 
-    def _stream(
-        self,
-        prompt: Prompt,
-        pictures: Sequence[tuple[str, Tensor]],
-        session: Session,
-        text: ReplyStream,
-        options: SamplingOptions,
-    ) -> Generator[str]:
-        """Deltas of the reply to a prompt; the session then holds the prompt and the reply."""
-        tokenizer, ends = self._require_tokenizer("text"), self._stop_ids()
-        logits = start(self.model, session, prompt.ids, pictures, options.max_new_tokens)
-        assert session.cache is not None
-        history = torch.tensor([prompt.ids], device=self.device)
-        new: list[int] = []
-        try:
-            for step in decode(
-                self.model,
-                session.cache,
-                logits,
-                history,
-                options,
-                stop_ids=ends,
-                n_vocab=tokenizer.n_vocab,
-                stepper=session.stepper,
-            ):
-                (id_,) = step.ids
-                assert id_ is not None
-                new.append(id_)
-                if id_ not in ends and (delta := text.push(id_)):
-                    yield delta
-                if text.stopped:
-                    break
-            if delta := text.flush():
-                yield delta
-        except QwenVLError:
-            session.clear()  # it may hold what is no number, which a mask does not hide from a captured step
-            raise
-        finally:
-            if session.cache is not None:
-                session.extend(new)
+    def _ids(
+        self, prompt: Prompt, store: PictureStore, session: Session, stop: Sequence[str], options: SamplingOptions
+    ) -> Generator[int] | Request:
+        """New ids behind a prompt: from the engine if there is one, else computed as they are asked for."""
+        tokenizer, stop_ids = self._require_tokenizer("text"), self._stop_ids()
+        pictures = self._pictures(prompt, store)
+        if self.engine is not None:
+            ahead = ReplyStream(tokenizer, stop)  # the engine may be ahead of who reads
+
+            def should_stop(id_: int) -> bool:
+                ahead.push(id_)
+                return ahead.stopped
+
+            pixels = [pixels for _, pixels in pictures]
+            return self.engine.submit(
+                prompt.ids, pixels, options, stop_ids=stop_ids, should_stop=should_stop if stop else None
+            )
+        return reply(self.model, session, prompt.ids, pictures, options, stop_ids=stop_ids, n_vocab=tokenizer.n_vocab)
+
+    def _pictures(self, prompt: Prompt, store: PictureStore) -> list[tuple[str, Tensor]]:
+        return pixels_of(prompt, store, self.config.visual.image_size, self.policy)
 
     def _options(self, given: dict[str, Any]) -> SamplingOptions:
         return SamplingOptions.from_config(self.generation_config, **given)
@@ -322,63 +330,3 @@ class Pipeline:
                 "file into the folder"
             )
         return self.tokenizer
-
-    def _to_reference(self, part: Part, store: ImageStore) -> Part:
-        """A part whose picture is a str: the path or URL that it was, or the name of a picture put into the store."""
-        source = part.get("image", "")
-        if isinstance(source, str):
-            return part
-        if isinstance(source, os.PathLike):
-            return {**part, "image": os.fspath(source)}
-        picture = open_image(source, self.policy)
-        name = f"{STORED}{hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]}"
-        store[name] = picture
-        return {**part, "image": name}
-
-    def _pictures(self, prompt: Prompt, store: ImageStore) -> list[tuple[str, Tensor]]:
-        """Hash and pixels of every picture of a prompt, in order."""
-        pictures = []
-        for source in prompt.images:
-            picture = store.get(source) if isinstance(source, str) else None
-            if picture is None:
-                if isinstance(source, str) and source.startswith(STORED):
-                    raise PromptError(f"the history shows a picture {source} that the image store does not hold")
-                picture = open_image(source, self.policy)
-                if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-                    store[source] = picture  # fetched once for as long as the store is kept, not once a round
-            pixels = preprocess(picture, self.config.visual.image_size, self.policy)
-            pictures.append((image_hash(pixels), pixels))
-        return pictures
-
-
-class ChatStream(Iterator[str]):
-    """The deltas of one reply. When they are through (or whenever you stop), `reply` and `history` say what came."""
-
-    def __init__(
-        self, deltas: Generator[str], history: list[Turn], parts: list[Part], pipeline: Pipeline, session: Session
-    ) -> None:
-        self._deltas, self._history, self._parts = deltas, history, parts
-        self._pipeline = pipeline
-        self._session: Session | None = session
-        self.reply = ""
-
-    def __next__(self) -> str:
-        try:
-            delta = next(self._deltas)
-        except BaseException:  # the end, or what went wrong: either way, what the cache holds is still good
-            self.close()
-            raise
-        self.reply += delta
-        return delta
-
-    @property
-    def history(self) -> list[Turn]:
-        """The history given, and this turn with what has been said so far."""
-        return [*self._history, Turn(self._parts, self.reply)]
-
-    def close(self) -> None:
-        """Stop here. The conversation's cache goes back to the pipeline, for the next round."""
-        self._deltas.close()
-        if self._session is not None:  # handed back once: by the next time, another reply may be using it
-            self._pipeline.keep(self._session)
-            self._session = None

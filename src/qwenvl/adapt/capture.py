@@ -38,7 +38,7 @@ class Stepper:
     and the weights that it was made with, where they are.
 
     `step` is what is captured: `Decoder.step`, or a function that computes the same. `beside` is another Stepper whose
-    graphs these may share their memory with: what one of the two returned is written over by the other's next call, too.
+    graphs these share their memory with: what one of the two returned, the other's next call writes over, too.
     """
 
     def __init__(self, model: QwenVL, cache: KVCache, *, beside: Stepper | None = None) -> None:
@@ -99,7 +99,9 @@ class Stepper:
             finally:
                 torch.cuda.current_stream(device).wait_stream(aside)
             # Other threads may go on using the device meanwhile: what they do is not for this capture to forbid.
-            with torch.cuda.graph(graph, pool=next(iter(self._pool), None), stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=next(iter(self._pool), None), stream=aside, capture_error_mode="thread_local"
+            ):
                 logits = self.step(self._ids, view)
         self._pool[:] = [graph.pool()]
 

@@ -134,7 +134,7 @@ def stretch(stepper: TimedStepper, logits: Tensor, history: Tensor, steps: int, 
         stepper=stepper,
     )
     read, begin = 0, device.now()
-    with warnings.catch_warnings(), closing(stream):  # type: ignore[type-var]
+    with warnings.catch_warnings(), closing(stream):
         warnings.simplefilter("ignore")  # steps that are taken back in a row whose prompt was skipped to: its alpha
         for _ in stream:
             read += 1
@@ -193,6 +193,6 @@ def first_id(model: QwenVL, ids: Tensor, pixels: Tensor, device: Device) -> floa
     """
     begin = device.now()
     cache, logits = prefilled(model, ids, FIRST_OF, pixels)
-    with closing(decode(model, cache, logits, ids, SamplingOptions(max_new_tokens=FIRST_OF))) as stream:  # type: ignore[type-var]
+    with closing(decode(model, cache, logits, ids, SamplingOptions(max_new_tokens=FIRST_OF))) as stream:
         next(stream)
         return device.clock() - begin

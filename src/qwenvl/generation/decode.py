@@ -11,7 +11,7 @@ Blocking and streaming, chat and batch all run on these.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ def decode(
     n_vocab: int | None = None,
     with_log_probabilities: bool = False,
     stepper: Stepper | None = None,
-) -> Iterator[NewIds]:
+) -> Generator[NewIds]:
     """Yield the ids that follow, until every row has stopped.
 
     Args:

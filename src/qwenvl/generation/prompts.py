@@ -33,7 +33,7 @@ class Prompts:
 
     def cost(self, request: Request) -> int:
         """What is left to do for a request."""
-        scored = sum(map(len, request.continuations[len(request.losses) :]))
+        scored = sum(map(len, request.continuations[len(request.scores) :]))
         return len(self._missing(request)) * self._per_picture + len(request.signs) - request.done + scored
 
     def together(self, turns: Sequence[Request], budget: int) -> list[Request]:
@@ -138,9 +138,8 @@ class Prompts:
         return len(requests) * max(map(len, parts))
 
     def _score(self, request: Request) -> int:
-        """Compute the loss of the next continuation."""
+        """Compute how likely the next continuation is."""
         assert request.logits is not None
-        ids = request.continuations[len(request.losses)]
-        (found,) = score(self.model, self.rows.view(request.row), request.logits, [ids])
-        request.losses.append(-sum(found) / len(found))
+        ids = request.continuations[len(request.scores)]
+        request.scores += score(self.model, self.rows.view(request.row), request.logits, [ids])
         return len(ids)

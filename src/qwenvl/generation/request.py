@@ -28,10 +28,10 @@ class Request(Iterator[int]):
     Attributes:
         ids: the new ids so far, the stop id included if there was one.
         log_probabilities: the model's own, one for each id, if they were asked for.
-        losses: mean loss of each continuation, in nats a token, if it was made by `Engine.submit_score`.
+        scores: of each continuation the log-probability of every id, if it was made by `Engine.submit_score`.
         prompt: the prompt's ids.
         reused: how many of the prompt's tokens were taken from an earlier text.
-        finish_reason: None while it is going on; then "stop" (a stop id, `should_stop`, or all losses known), "length"
+        finish_reason: None while it is going on; then "stop" (a stop id, `should_stop`, or all scores known), "length"
             (as many ids as were asked for, or as there was room for), "cancelled" or "error".
         error: what went wrong, if anything.
     """
@@ -55,7 +55,7 @@ class Request(Iterator[int]):
         self.prompt, self.options = list(prompt), options
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
-        self.losses: list[float] = []
+        self.scores: list[list[float]] = []
         self.reused = 0
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -112,6 +112,11 @@ class Request(Iterator[int]):
         self.chosen, self.alone = len(self.ids), True
 
     @property
+    def losses(self) -> list[float]:
+        """Mean loss of each continuation, in nats a token."""
+        return [-sum(found) / len(found) for found in self.scores]
+
+    @property
     def text(self) -> list[int]:
         """The prompt and what has come behind it."""
         return [*self.prompt, *self.ids]
@@ -163,4 +168,3 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     for row, request in enumerate(requests):
         request.count(ids[row])
     return ids
-

@@ -2,11 +2,12 @@
 
 Session     a KV cache, the text that it holds, and the features of its pictures
 start       a prompt behind the longest prefix that a session already holds
+reply       the ids that follow it
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..adapt.capture import Stepper
+from ..errors import QwenVLError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
-from .decode import prefill
+from .decode import decode, prefill
 from .prefix import Signs, Stamp, reusable, signs, weights_stamp
 from .room import allocate, bounded
+from .sampling import SamplingOptions
 
 NOTHING: Signs = np.zeros(0, np.int64)
 CACHE_BLOCK = 512  # slots; caches grow by whole blocks, so that a few more tokens do not copy everything
@@ -87,6 +90,42 @@ def start(
         )
     session.signs = wanted
     return logits
+
+
+def reply(
+    model: QwenVL,
+    session: Session,
+    ids: Sequence[int],
+    images: Sequence[tuple[str, Tensor]],
+    options: SamplingOptions,
+    *,
+    stop_ids: Sequence[int] = (),
+    n_vocab: int | None = None,
+) -> Generator[int]:
+    """New ids behind a prompt, one by one; the session then holds the prompt and what was taken of the reply.
+
+    Arguments as in `start` and `decode`.
+    """
+    logits = start(model, session, ids, images, options.max_new_tokens)
+    assert session.cache is not None
+    history = torch.tensor([list(ids)], device=logits.device)
+    new: list[int] = []
+    steps = decode(
+        model, session.cache, logits, history, options, stop_ids=stop_ids, n_vocab=n_vocab, stepper=session.stepper
+    )
+    try:
+        for step in steps:
+            (id_,) = step.ids
+            assert id_ is not None
+            new.append(id_)
+            yield id_
+    except QwenVLError:
+        session.clear()  # it may hold what is no number, which a mask does not hide from a captured step
+        raise
+    finally:
+        steps.close()
+        if session.cache is not None:
+            session.extend(new)
 
 
 def _with_room(model: QwenVL, cache: KVCache | None, kept: int, needed: int, prompt_length: int) -> KVCache:
