@@ -5,7 +5,7 @@ Driver         submits, steps, and notes
 TimeUp         there was no time for all of it
 rate           new ids in a second, of all answers
 decoding_rate  the same while no prompt is being computed any more
-gaps           seconds between the ids of one answer
+gaps           seconds between the ids of an answer
 percentiles    the middle and the 95th percentile
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import sleep
 from typing import Any
 
@@ -140,9 +141,10 @@ def decoding_rate(answers: Sequence[Answer]) -> float:
     return later / (end - begin) if later else 0.0
 
 
-def gaps(answer: Answer, after: float = 0.0) -> list[float]:
-    """Seconds between one id and the next, where the next was there after a time."""
-    return [b - a for a, b in zip(answer.times, answer.times[1:], strict=False) if b > after]
+def gaps(answers: Iterable[Answer], after: float = 0.0) -> list[float]:
+    """Seconds between one id of an answer and its next, where the next was there after a time."""
+    pairs = (pair for answer in answers for pair in pairwise(answer.times))
+    return [next_ - one for one, next_ in pairs if next_ > after]
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from .subject import Part, Subject
 from .workload import Ask, Workload, arrivals
 
 ROWS = {"cuda": 32}  # requests at once
-CPU_ROWS = 8
+CPU_ROWS = ALONE = 8  # elsewhere; and of the requests that are answered one at a time, too
 BEFORE = 32  # steps that are looked at before a long prompt arrives
 SHARE = 0.7  # of what was answered all at once that arrives in the same time
 CACHE_SHARE = 0.6  # of the free memory that a cache may take where rows are as long as fits
@@ -121,35 +121,32 @@ class _Bench:
 
 
 def _throughput(bench: _Bench, seconds: float) -> Iterator[Event]:
-    """All requests at once, and the same ones, or every fourth of many, one at a time: through the same engine."""
+    """All requests at once, and the first of them one at a time: through the same engine."""
     end, rows, asks = bench.subject.device.clock() + seconds, bench.rows, bench.mixed(0)
     many, one = bench.driver(end, bench.slots), bench.driver(end, bench.slots, rows=1)
 
     def once(number: int) -> tuple[list[Answer], list[Answer]]:
         asks = bench.mixed(number)
-        fewer = asks[:: max(rows // CPU_ROWS, 1)]
         if number % 2:
-            return many.together(asks), one.in_turn(fewer)
-        alone = one.in_turn(fewer)
+            return many.together(asks), one.in_turn(asks[:ALONE])
+        alone = one.in_turn(asks[:ALONE])
         return many.together(asks), alone
 
     found = bench.rounds(once, end)
-    latest = found[-1][0]
-    shown = sum(len(ask.pictures) for ask in asks)
-    about = {
-        "context": statistics.mean(ask.context for ask in asks),
-        "new_ids": sum(ask.new for ask in asks),
-        "pictures": shown,
-        "first_token_p50_ms": 1e3 * percentiles([answer.first for answer in latest])[0],
-        "first_token_p95_ms": 1e3 * percentiles([answer.first for answer in latest])[1],
-    }
-    note = f"a mean context of {about['context']:.0f}, {about['new_ids']} new ids, {shown} pictures"
+    context, new = statistics.mean(ask.context for ask in asks), sum(ask.new for ask in asks)
+    pictures = sum(len(ask.pictures) for ask in asks)
+    middle, high = (1e3 * x for x in percentiles([answer.first for answers, _ in found for answer in answers]))
+    note = f"a mean context of {context:.0f}, {new} new ids, {pictures} pictures; first tokens after {middle:.0f} ms"
+    about = {"context": context, "new_ids": new, "pictures": pictures}
+    about |= {"first_token_p50_ms": middle, "first_token_p95_ms": high}
     yield bench.figure(f"{rows} at once", [rate(answers) for answers, _ in found], "tok/s", note, **about)
-    if all(decoding := [decoding_rate(answers) for answers, _ in found]):
-        yield bench.figure(f"{rows} at once, behind the last prompt", decoding, "tok/s")
-    yield bench.figure("one at a time", [rate(alone) for _, alone in found], "tok/s")
+    note = f"{ALONE} of them" if rows > ALONE else ""
+    yield bench.figure("one at a time", [rate(alone) for _, alone in found], "tok/s", note)
     gains = [rate(answers) / rate(alone) for answers, alone in found]
     yield bench.figure(f"{rows} at once to one at a time", gains, "x", _between(gains))
+    decoding = [decoding_rate(answers) * statistics.mean(gaps(alone)) for answers, alone in found]
+    if all(decoding):
+        yield bench.figure("the same, behind the prompts", decoding, "x", _between(decoding))
 
 
 def _steady(bench: _Bench, seconds: float) -> Iterator[Event]:
@@ -197,8 +194,7 @@ def _arrivals(bench: _Bench, seconds: float) -> Iterator[Event]:
         answers = driver.arriving(bench.mixed(number, count), times)
     note = f"{count} requests, {often:.3g} in a second"
     yield bench.figure("arriving", [rate(answers)], "tok/s", note, requests_per_second=often, requests=count)
-    between = [gap for answer in answers for gap in gaps(answer)]
-    for name, values in (("first token", [answer.first for answer in answers]), ("time per token", between)):
+    for name, values in (("first token", [answer.first for answer in answers]), ("time per token", gaps(answers))):
         middle, high = percentiles(values)
         yield bench.figure(f"arriving, {name}, p50", [1e3 * middle], "ms")
         yield bench.figure(f"arriving, {name}, p95", [1e3 * high], "ms")
@@ -234,9 +230,9 @@ def _long_prompt(bench: _Bench, seconds: float) -> Iterator[Event]:
             driver.step()
         text = slots - 1 - 2 * subject.span
         arrived = driver.ask(workload.ask(text, 1, [workload.picture(), workload.picture()]))
-        before = [gap for answer in answers for gap in gaps(answer, begin)]
+        before = gaps(answers, begin)
         driver.settle([arrived])
-        during = [gap for answer in answers for gap in gaps(answer, arrived.due)]
+        during = gaps(answers, arrived.due)
         driver.cancel()
         return statistics.median(before), max(before), max(during)
 
