@@ -80,9 +80,9 @@ class _Bench:
 
     def driver(self, end: float, slots: int, rows: int = 0, *, n_vocab: int = 0, lookup: int = 0) -> Driver:
         """Of an engine with rows of so many slots, as far as the model has positions."""
-        known = self.subject.config.visual.image_pad_id + 1  # as the published tokenizer has it: the head is wider
+        ordinary = self.subject.config.visual.image_start_id  # no tag of a picture: answers become parts of prompts
         model, rows = self.subject.model, rows or self.rows
-        engine = Engine(model, rows=rows, max_length=slots, n_vocab=n_vocab or known, lookup=lookup)
+        engine = Engine(model, rows=rows, max_length=slots, n_vocab=n_vocab or ordinary, lookup=lookup)
         return Driver(engine, self.subject.device.clock, end)
 
     def rounds(self, once: Callable[[int], T], end: float) -> list[T]:

@@ -74,7 +74,7 @@ TINY = Plan(
     peer_tokens=8,
     context=128,  # a quarter of the others, as a picture's span is in the embedded model
     answer=32,
-    arrivals=32,
+    arrivals=24,
     long_prompt=1536,
 )
 
