@@ -27,10 +27,10 @@ chat: $(READY) ## talk to the embedded model in the terminal
 	$(RUN) -m qwenvl.cli chat
 
 test: $(READY) ## the tests (a few minutes)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: $(READY) ## the tests, slow ones too
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist worksteal
 
 check: $(READY) ## formatting, lint, types, the direction of imports
 	$(RUN) -m ruff format --check .

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "reference_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What a process of `pytest -n` has noted goes to the one that prints the summary."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["differences"] = {name: dict(cases) for name, cases in session.config.stash.get(DIFFERENCES, {}).items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take it from there."""
+    noted = node.config.stash.setdefault(DIFFERENCES, defaultdict(dict))
+    for name, cases in getattr(node, "workeroutput", {}).get("differences", {}).items():
+        noted[name] |= cases
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

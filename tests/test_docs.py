@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/tutorial.md",
     "docs/training.md",
     "docs/quantization.md",
+    "docs/engine.md",
     "docs/benchmark.md",
     "docs/small-model.md",
     "weights/tiny/README.md",
@@ -62,7 +63,8 @@ def headings(document: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md"]
+    "document",
+    ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "docs/engine.md"],
 )
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader can paste the blocks one after the other; each line `# -> text` is what the block above it prints."""

@@ -67,7 +67,7 @@ class Pipeline:
         self.engine: Engine | None = None
         self._session: Session | None = None  # of the latest chat
 
-    def start_engine(self, rows: int = 8, **options: Any) -> Engine:  # noqa: ANN401 - what an Engine takes
+    def start_engine(self, rows: int | None = None, **options: Any) -> Engine:  # noqa: ANN401 - what an Engine takes
         """Answer many at once from now on: `chat_stream`, `generate_stream` and all that run on them go to an engine.
 
         What they return is then computed for all together, whoever is iterated over, in any number of threads. Raises

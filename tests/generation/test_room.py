@@ -183,3 +183,12 @@ def test_the_command_says_it_in_one_line(run: Run, shared: qwenvl.Pipeline, monk
     status, out, err = run("chat", "Hello", "--quiet")
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith("error: out of memory on cpu: the cache of ")
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(64 * 20, 16), (64 * 5, 4), (64 * 1000, 32), (10, 1)])
+def test_an_engine_takes_what_fits(model: QwenVL, tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody says how many rows, a fifth of the free memory stays free, and one row is tried in any case."""
+    monkeypatch.setattr(room, "_free_bytes", lambda _: tokens * TOKEN)
+    assert room.fitting_rows(model, 64) == rows
+    monkeypatch.setattr(room, "_free_bytes", lambda _: None)
+    assert room.fitting_rows(model, 64) == 8

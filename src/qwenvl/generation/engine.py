@@ -31,7 +31,7 @@ from ..image import image_hash
 from ..model.qwenvl import QwenVL
 from .prefix import signs
 from .request import Request
-from .room import allocate
+from .room import allocate, fitting_rows
 from .rows import Rows
 from .sampling import SamplingOptions
 from .schedule import Scheduler
@@ -59,7 +59,8 @@ class Engine:
     """Answers many requests at once, each as it would be answered alone.
 
     Args:
-        rows: requests that are computed at once; each has a row of the cache.
+        rows: requests that are computed at once; each has a row of the cache. Default: 32 on a GPU, or as many as its
+            free memory has room for, and 8 elsewhere.
         max_length: tokens of a row, prompt and answer together; default, the length that the model was trained for.
         chunk: tokens of prompts computed between two steps of those that decode; default by device and size.
         stop_ids: what ends an answer, unless a request says otherwise.
@@ -76,7 +77,7 @@ class Engine:
         self,
         model: QwenVL,
         *,
-        rows: int = 8,
+        rows: int | None = None,
         max_length: int | None = None,
         chunk: int | None = None,
         stop_ids: Sequence[int] = (),
@@ -86,7 +87,7 @@ class Engine:
         config = model.config
         length = min(max_length or config.seq_length, config.max_position_embeddings)
         self.model, self.stop_ids, self.n_vocab = model, tuple(stop_ids), n_vocab
-        self._rows = Rows(allocate(model, rows, length))
+        self._rows = Rows(allocate(model, fitting_rows(model, length) if rows is None else rows, length))
         self.device = self._rows.cache.keys.device
         self._waiting: deque[Request] = deque()
         self._scheduler = Scheduler(model, self._rows, chunk=chunk or _chunk_for(config, self.device), lookup=lookup)
@@ -193,7 +194,8 @@ class Engine:
         with self._news:
             while self._waiting and self._waiting[0].finish_reason is not None:
                 self._waiting.popleft()
-            if not self._waiting or (self._waiting[0].alone and self._rows.requests):
+            active = self._rows.requests
+            if not self._waiting or (active and (active[0].alone or self._waiting[0].alone)):
                 return None
             return self._waiting.popleft()
 

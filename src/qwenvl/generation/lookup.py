@@ -17,13 +17,13 @@ LONGEST = 3  # ids that must have occurred before; if they have not, fewer are t
 
 
 def draft(text: Sequence[int], n_ids: int) -> list[int]:
-    """Up to `n_ids` ids that followed the newest earlier occurrence of the text's last ids; none if there was none."""
+    """The `n_ids` ids that followed the newest earlier occurrence of the text's last ids; none if there was none."""
     ids = np.asarray(text, dtype=np.int64)
     for size in range(min(LONGEST, len(ids) - 1), 0, -1) if n_ids > 0 else ():
         earlier = np.lib.stride_tricks.sliding_window_view(ids[:-1], size)
         found = np.flatnonzero((earlier == ids[-size:]).all(axis=1))
         if len(found):
-            start = int(found[-1]) + size
-            guess: list[int] = ids[start : start + n_ids].tolist()
+            start = int(found[-1]) + size  # and from the text's end on, what has been guessed so far
+            guess: list[int] = np.resize(ids[start:], n_ids).tolist()
             return guess
     return []

@@ -148,12 +148,12 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     together: dict[Hashable, list[int]] = {}
     for row, request in enumerate(requests):
         together.setdefault(request.recipe, []).append(row)
-    ids = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
+    ids: dict[int, Tensor] = {}
     for rows in together.values():
-        every = len(rows) == len(requests)
         first = requests[rows[0]]
+        # Not `logits[rows]`: to bring a list of rows to the device is to wait for the device.
         scores = process(
-            logits if every else logits[rows],
+            logits if len(rows) == len(requests) else torch.stack([logits[row] for row in rows]),
             first.history,
             first.options,
             n_generated=first.chosen,
@@ -164,7 +164,7 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         if first.options.do_sample:
             scores = warp(scores, first.options)
             generators = [generator for row in rows if (generator := requests[row].generator) is not None]
-        ids[slice(None) if every else rows] = sample(scores, generators)
+        ids.update(zip(rows, sample(scores, generators), strict=True))
     for row, request in enumerate(requests):
         request.count(ids[row])
-    return ids
+    return torch.stack([ids[row] for row in range(len(requests))])

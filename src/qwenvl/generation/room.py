@@ -1,6 +1,7 @@
 """Memory that a generation takes, and a plain word where there is not enough.
 
 allocate        a cache for a model's rows
+fitting_rows    how many rows of a length an engine takes where nobody says
 bounded         what runs within it says what would fit, should the device run out
 out_of_memory   whether an error is that
 """
@@ -23,6 +24,14 @@ def allocate(model: QwenVL, batch: int, max_length: int) -> KVCache:
     weight = model.decoder.wte.weight
     with bounded(model, batch, max_length):
         return KVCache.allocate(model.config, batch, max_length, weight.dtype, weight.device)
+
+
+def fitting_rows(model: QwenVL, length: int) -> int:
+    """As many rows as leave a fifth of a GPU's free memory to what is computed with them, up to 32; 8 elsewhere."""
+    free = _free_bytes(model.decoder.wte.weight.device)
+    if free is None:
+        return 8
+    return min(max(free * 4 // 5 // (_cache_bytes(model) * length), 1), 32)
 
 
 @contextmanager

@@ -89,6 +89,12 @@ class Rows:
         """The row of a request holds so many tokens of its prompt now."""
         request.done = self._known[request.row] = done
 
+    def take_back(self, request: Request) -> None:
+        """Drop what a computation that failed has left behind what is known of a prompt."""
+        row = self.view(request.row)
+        row.rewind([request.done], prompt_lengths=[len(request.prompt)])
+        row.declare([len(request.prompt)])
+
     def note(self, request: Request) -> None:
         """The newest id of a request has been read; the one before it has been fed to the model, or nothing has."""
         end = len(request.prompt) + len(request.ids)

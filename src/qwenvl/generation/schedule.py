@@ -60,6 +60,8 @@ class Scheduler:
         self._late = self._decode()
         self._read(but=1 if self._late else 0)
         self.release()
+        if not self.rows.decoding:  # what was computed beyond the ends of the last is nobody's
+            self._read()
 
     def release(self) -> None:
         """Free the rows of those that have ended."""
@@ -80,6 +82,8 @@ class Scheduler:
                 budget -= self._prompts.advance(batch, budget)
                 self._go_on(batch)
             except Exception as error:
+                for request in batch:
+                    self.rows.take_back(request)
                 if len(batch) == 1:
                     self._went_wrong(batch[0], error)
                 else:
@@ -92,6 +96,7 @@ class Scheduler:
             self._choose(begun, torch.cat([request.logits for request in begun if request.logits is not None]))
         for request in batch:
             if request in begun:
+                request.embeddings = request.logits = None
                 self.rows.start_decoding(request)
             elif request.logits is None or len(request.scores) < len(request.continuations):
                 self._turns.append(request)
@@ -179,7 +184,8 @@ class Scheduler:
         ids = choose(logits, requests)
         wanted = any(request.with_log_probabilities for request in requests)
         self._unread.append((Chosen(ids, log_probabilities(logits, ids.clamp(min=0)) if wanted else None), requests))
-        self.rows.next_ids[[request.row for request in requests]] = ids.clamp(min=0)
+        for request, id_ in zip(requests, ids.clamp(min=0), strict=True):
+            self.rows.next_ids[request.row] = id_
 
     def _read(self, *, but: int = 0) -> None:
         """Hand out the ids that were chosen, but for those of the latest so many steps."""
