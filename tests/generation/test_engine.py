@@ -463,4 +463,4 @@ def test_load_tells_what_is_in_use(model: QwenVL) -> None:
     first, _ = engine.submit(some_ids(9), max_new_tokens=6), engine.submit(some_ids(7, 1), max_new_tokens=2)
     assert (engine.load.active, engine.load.waiting, engine.load.rows) == (0, 2, 1)
     next(first)
-    assert (engine.load.active, engine.load.waiting, engine.load.tokens) == (1, 1, 10)
+    assert (engine.load.active, engine.load.waiting, engine.load.tokens) == (1, 1, 9)

@@ -38,7 +38,6 @@ class Scheduler:
         self._prompts = Prompts(model, rows)
         self._turns: deque[Request] = deque()  # whose prompts are being computed, in the order of their turns
         self._unread: deque[tuple[Chosen, list[Request]]] = deque()
-        self._late = False  # the ids of the last step have not been read yet
         self._steppers: dict[int, Stepper] = {}
         self._stamp: Stamp = ()
 
@@ -52,13 +51,14 @@ class Scheduler:
         self._turns.append(request)
 
     def step(self) -> None:
-        """Take every request one step on."""
+        """Take every request one step on.
+
+        Where ids can be read late, those of this step are read in the next one, when the device has that to do.
+        """
+        earlier = len(self._unread)
+        late = self._decode()
         self._compute_prompts()
-        if not self._late:
-            self._read()
-            self.release()
-        self._late = self._decode()
-        self._read(but=1 if self._late else 0)
+        self._read(but=max(len(self._unread) - earlier, 0) if late else 0)
         self.release()
         if not self.rows.decoding:  # what was computed beyond the ends of the last is nobody's
             self._read()
@@ -188,7 +188,7 @@ class Scheduler:
             self.rows.next_ids[request.row] = id_
 
     def _read(self, *, but: int = 0) -> None:
-        """Hand out the ids that were chosen, but for those of the latest so many steps."""
+        """Hand out the ids that were chosen, but for the latest so many times."""
         while len(self._unread) > but:
             chosen, requests = self._unread.popleft()
             ids, likely = chosen.read()
