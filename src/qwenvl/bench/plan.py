@@ -58,7 +58,9 @@ class Plan:
 
 GRACE = 15.0  # seconds that a process may take longer than it was told, before it is stopped
 FULL = Plan()
-QUICK = replace(FULL, seconds=105, parts=IN_A_MODEL, most_steps=128, batch_new=32, repeats=5, rounds=1, arrivals=48)
+QUICK = replace(
+    FULL, seconds=105, parts=IN_A_MODEL, most_steps=128, batch_new=32, repeats=5, answer=32, rounds=1, arrivals=48
+)
 TINY = Plan(
     seconds=300,  # half a minute, where nothing else runs
     parts=tuple(part for part in PARTS if part != "compile"),  # half a minute of C++ compiling
