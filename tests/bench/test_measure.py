@@ -16,10 +16,11 @@ from qwenvl.bench import decoding, measure
 from qwenvl.bench.decoding import Stretch, TimedStepper, longest_run, stretch
 from qwenvl.bench.device import Device, Timing, timed
 from qwenvl.bench.figures import Figure, Missing
-from qwenvl.bench.measure import Subject, compiled, measure_model
+from qwenvl.bench.measure import compiled, measure_model
 from qwenvl.bench.plan import IN_A_MODEL, TINY
 from qwenvl.bench.random_weights import random_model, write_checkpoint
 from qwenvl.bench.roofline import Limits, stepping
+from qwenvl.bench.subject import Subject
 from qwenvl.config import QuantizationConfig, QwenVLConfig
 from qwenvl.errors import CheckpointError
 from qwenvl.generation.decode import decode, prefill

@@ -93,6 +93,23 @@ def test_bars_are_for_an_h100_and_the_published_sizes(capsys: pytest.CaptureFixt
     assert target(DECODE, small) == Target()
 
 
+def test_bars_of_a_cpu_are_for_any_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """There they are passed or missed; on a GPU they are shown, and an H100's bars are not a CPU's."""
+    small = QwenVLConfig(**{**vars(QWEN_VL), "num_hidden_layers": 4})
+    soon = Figure("second-round", "float32", "second round, how much sooner", 4.5, "x")
+    slow = Figure("throughput", "float32", "8 at once to one at a time", 2.9, "x")
+    for config in (small, QWEN_VL):
+        figures = report(CPU, soon, slow, config=config).result(1)["figures"]
+        assert [(figure["bar"], figure["passed"]) for figure in figures] == [(4, True), (3, False)]
+    out = capsys.readouterr().out
+    assert ">= 4, cpu passed" in out
+    assert ">= 3, cpu MISSED" in out
+    assert "passed" not in report(H100, soon).result(1)["figures"][0]
+    steady = Figure("steady", "bfloat16", "32 rows decoding", 2500.0, "tok/s")
+    assert report(H100, steady).result(1)["figures"][0]["passed"]
+    assert "passed" not in report(CPU, steady).result(1)["figures"][0]
+
+
 def test_what_is_missing_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A failure stands out from what was left out, and only a failure makes the benchmark fail."""
     left_out = report(CPU, Missing("compile", "int4", "there is no g++", failed=False))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ..config import QuantizationConfig, QwenVLConfig
 from ..errors import ConfigError
 from ..training.memory import QWEN_VL
-from .plan import FULL, PARTS, QUICK, TINY
+from .plan import FULL, OF_AN_ENGINE, PARTS, QUICK, TINY
 
 if TYPE_CHECKING:
     from .jobs import Weights
@@ -30,6 +30,7 @@ EPILOG = """examples:
   qwenvl bench                                 # random weights of Qwen-VL's shape, bfloat16 and int4, on the GPU
   qwenvl bench --quick --only decode           # the device's limits and decoding, in two minutes
   qwenvl bench --model Qwen/Qwen-VL-Chat-Int4
+  qwenvl bench --engine                        # many requests at once: throughput, waiting, what is reused
   qwenvl bench --tiny                          # every part once, small, on the CPU
   qwenvl bench --tiny --only compile           # torch.compile takes half a minute there, so --tiny leaves it out
 
@@ -47,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="2 minutes in place of 8: shorter runs, fewer parts")
     size.add_argument("--tiny", action="store_true", help="everything small, on the CPU: to see that it works")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--engine", action="store_true", help="an engine's parts in place of the others")
+    every = (*PARTS, *OF_AN_ENGINE)
+    told = f"of {', '.join(PARTS)}; of an engine: {', '.join(OF_AN_ENGINE)}"
+    parser.add_argument("--only", nargs="+", choices=every, metavar="PART", help=told)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
     parser.add_argument("--no-save", action="store_true", help="add nothing to bench/results/")
@@ -69,8 +73,8 @@ def run(given: argparse.Namespace) -> None:
             told = "there is no GPU to use here: measuring what --tiny does. --device cpu measures Qwen-VL's shape"
             print(f"{told} (38.6 GB of float32, or half in bfloat16), --model a checkpoint", file=sys.stderr)
     mode, plan = ("tiny", TINY) if tiny else ("quick", QUICK) if given.quick else ("full", FULL)
-    if given.only:
-        plan = replace(plan, parts=tuple(part for part in PARTS if part in given.only))
+    if given.only or given.engine:
+        plan = replace(plan, parts=tuple(given.only or OF_AN_ENGINE))
     weights = _weights(given, tiny)
     device = "cpu" if tiny and given.device == "auto" else given.device
     name = given.model or ("tiny, and random ones of its shape" if tiny else "random")

@@ -34,11 +34,12 @@ from ..training.memory import weight_bytes
 from .decoding import first_id
 from .device import Device, measure_limits
 from .figures import Event, Facts, Figure, Missing
-from .measure import Subject, compiled, guarded, measure_model, picture_ids
+from .measure import compiled, guarded, measure_model
 from .peers import measure_llama
 from .plan import COMPARISONS, Plan
 from .random_weights import random_model, write_checkpoint
 from .roofline import Limits
+from .subject import Subject, picture_ids
 
 NO_LIMITS = Limits()
 LAST_WORDS = 10.0  # seconds in which a process that has said all is to end

@@ -1,7 +1,6 @@
 """What is measured on one model, part by part: encoding, prefill, the first token, decoding, batches, compiled steps.
 
-Subject         a model, where it is, and what the device can do
-measure_model   the parts that need no more than the model, within a number of seconds
+measure_model   the parts that need no more than the model, within a number of seconds; an engine's are in `engine.py`
 compiled        the part that compiles steps, which is done by itself
 guarded         a part whose failure takes no other with it
 """
@@ -14,7 +13,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,109 +20,21 @@ import torch
 from torch import Tensor
 
 from ..adapt.capture import BUCKET
-from ..config import QwenVLConfig
 from ..errors import QwenVLError
 from ..generation.batch import generate_batch
 from ..generation.decode import prefill
 from ..generation.room import allocate
 from ..generation.sampling import SamplingOptions
-from ..model.qwenvl import QwenVL
 from .decoding import Stretch, TimedStepper, first_id, longest_run, prefilled
-from .device import Device, Timing, repeated, timed
-from .figures import Event, Figure, Missing
+from .device import repeated, timed
+from .engine import engine_parts
+from .figures import Event, Missing
 from .plan import COMPARISONS, Budget, Plan
-from .roofline import Limits, Work, encoding, prefilling, stepping
+from .roofline import encoding, prefilling
+from .subject import Part, Subject
 
 EXPECTED_RATE = 130.0  # tokens a second, by which decoding runs share the time with the other parts
 LONGEST = 200  # characters of an error: some compilers tell stories
-Measurement = Callable[[float], Iterator[Event]]  # what is measured in so many seconds
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured. name: "int4" where the decoder's weights are packed, else the dtype."""
-
-    model: QwenVL
-    device: Device
-    limits: Limits
-    name: str
-
-    @property
-    def config(self) -> QwenVLConfig:
-        """The model's."""
-        return self.model.config
-
-    @property
-    def width(self) -> int:
-        """Bytes of an activation, and of a weight that is not packed."""
-        return self.model.decoder.wte.weight.dtype.itemsize
-
-    @property
-    def span(self) -> int:
-        """Ids of one picture with its tags."""
-        return self.config.visual.n_queries + 2
-
-    def text(self, rows: int, tokens: int) -> Tensor:
-        """Random ids [B,T] without a picture."""
-        ordinary = min(self.config.visual.image_start_id, self.config.vocab_size)
-        return torch.randint(0, ordinary, (rows, tokens), device=self.device.torch)
-
-    def prompt(self, tokens: int) -> Tensor:
-        """Ids [1,T] of a picture and random text behind it."""
-        picture = torch.tensor([picture_ids(self.config)], device=self.device.torch)
-        return torch.cat((picture, self.text(1, tokens - self.span)), dim=1)
-
-    def pixels(self, device: torch.device | str) -> Tensor:
-        """One picture [1,3,S,S] as `preprocess` gives it, on the host or already on the device."""
-        size = self.config.visual.image_size
-        return torch.randn(1, 3, size, size, device="cpu").to(device)
-
-    def milliseconds(self, part: str, name: str, timing: Timing, *steps: Work) -> Figure:
-        """What repeats took, beside the least that they could."""
-        taken, first = round(1e3 * timing.median, 3), round(timing.first, 4)
-        figure = Figure(part, self.name, name, taken, "ms", warm_up=first, details={"runs": timing.runs})
-        return self.limits.hold(figure, *steps)
-
-    def rate(self, part: str, name: str, rows: int, first: Stretch, run: Stretch, note: str = "") -> Figure:
-        """Tokens a second of all rows, captures and first steps apart, beside the most that it could be."""
-        work = stepping(self.config, self.width, rows, run.context)
-        whole = run.steps == run.wanted
-        captures = first.capture_seconds + run.capture_seconds
-        on_gpu = self.device.torch.type == "cuda"
-        eager = "steps were not captured as CUDA graphs" if on_gpu and not run.captured else ""
-        shortened = f"{run.steps} of {run.wanted} steps, from {run.begin} tokens on"
-        figure = Figure(
-            part,
-            self.name,
-            name,
-            round(rows / run.step_seconds, 2),
-            "tok/s",
-            warm_up=round(first.seconds + captures, 3),
-            note="; ".join(filter(None, (note, "" if whole else shortened, eager))),
-            details={
-                "steps": run.steps,
-                "steps_wanted": run.wanted,
-                "context_from": run.begin,
-                "bytes_per_step": round(work.bytes),
-                "step_ms": round(1e3 * run.step_seconds, 4),
-                "graphs": first.graphs + run.graphs,
-                "capture_s": round(captures, 3),
-            },
-            whole=whole,
-        )
-        return self.limits.hold(figure, work, rows=rows)
-
-    def peak(self, part: str, name: str) -> Iterator[Figure]:
-        """The most memory that was allocated since the device's last `release`, where that is counted."""
-        if (peak := self.device.peak()) is not None:
-            allocated, reserved = (round(count / 1e9, 3) for count in peak)
-            yield Figure(part, self.name, f"peak memory, {name}", allocated, "GB", details={"reserved_GB": reserved})
-
-
-def picture_ids(config: QwenVLConfig) -> list[int]:
-    """A picture's span, tags included."""
-    vision = config.visual
-    return [vision.image_start_id, *[vision.image_pad_id] * vision.n_queries, vision.image_end_id]
 
 
 def measure_model(subject: Subject, plan: Plan, seconds: float) -> Iterator[Event]:
@@ -137,8 +47,8 @@ def measure_model(subject: Subject, plan: Plan, seconds: float) -> Iterator[Even
         yield from guarded(part, subject.name, partial(measurement, budget.share()))
 
 
-def _parts(subject: Subject, plan: Plan) -> Iterator[tuple[str, str, float, Measurement]]:
-    """Part, name, weight and measurement, the longest last: what is short is measured whatever the time."""
+def _parts(subject: Subject, plan: Plan) -> Iterator[Part]:
+    """The longest last: what is short is measured whatever the time."""
     if "encode" in plan.parts:
         yield "encode", "encode", 2, partial(_encode, subject, plan)
     if "prefill" in plan.parts:
@@ -150,6 +60,7 @@ def _parts(subject: Subject, plan: Plan) -> Iterator[tuple[str, str, float, Meas
     room = subject.config.max_position_embeddings - subject.span
     for tokens in sorted({min(tokens, room) for tokens in plan.decode}) if "decode" in plan.parts else ():
         yield "decode", f"decode {tokens}", 4 + tokens / EXPECTED_RATE, partial(_decode, subject, plan, tokens)
+    yield from engine_parts(subject, plan)
 
 
 def guarded(part: str, subject: str, measurement: Callable[[], Iterator[Event]]) -> Iterator[Event]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..config import QwenVLConfig
 from ..errors import printable
-from .figures import BARS_ON, RATES, Event, Facts, Figure, Missing, Target, target
+from .figures import BARS_ON, CPU, RATES, Event, Facts, Figure, Missing, Target, target
 
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout, if this is one
 RESULTS = ROOT / "bench" / "results" / "bench.jsonl"
@@ -105,16 +105,19 @@ class Report:
 
     def _facts(self, figure: Figure) -> dict[str, Any]:
         known = target(figure, self.config)
-        held = {name: value for name, value in asdict(known).items() if value}
+        held = {name: value for name, value in asdict(known).items() if value and name != "on"}
         return figure.as_dict() | held | ({"passed": known.passed(figure)} if self._judged(figure, known) else {})
 
     def _judged(self, figure: Figure, known: Target) -> bool:
-        return bool(known.bar) and figure.whole and BARS_ON in str(self.about.get("device", ""))
+        kind, device = self.about.get("kind"), str(self.about.get("device"))
+        return bool(known.bar) and figure.whole and (kind == CPU if known.on == CPU else known.on in device)
 
     def _bar_of(self, figure: Figure, known: Target) -> str:
         if not known.bar:
             return ""
         told = f"{'>=' if figure.unit in RATES else '<='} {known.bar:g}" + (f" ({known.aim:g})" if known.aim else "")
+        if known.on != BARS_ON:
+            told += f", {known.on}"
         if not self._judged(figure, known):
             return told
         return f"{told} {'passed' if known.passed(figure) else 'MISSED'}"

@@ -20,7 +20,7 @@ from ..loading import DTYPES, free_memory
 from ..training.memory import weight_bytes
 from .figures import Event, Facts, Figure, Missing
 from .jobs import Job, Kind, Weights, run_apart, run_here
-from .plan import GRACE, IN_A_MODEL, Budget, Plan
+from .plan import GRACE, IN_A_MODEL, OF_AN_ENGINE, Budget, Plan
 from .report import Report
 from .roofline import Limits
 
@@ -64,7 +64,7 @@ def _steps(request: Request) -> list[tuple[Kind, Weights, float]]:
     """What to do, to which weights, and its share of the time; writing what is started is a part of the start."""
     parts, both = request.plan.parts, list(enumerate(request.weights))
     steps: list[tuple[Kind, Weights, float]] = [("device", request.weights[0], DEVICE)]
-    if set(IN_A_MODEL) & set(parts):
+    if {*IN_A_MODEL, *OF_AN_ENGINE} & set(parts):
         steps += [("model", weights, MODELS[number]) for number, weights in both]
     if "start-up" in parts:
         steps += [("start", weights, START_UPS[number]) for number, weights in both]
