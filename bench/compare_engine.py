@@ -6,7 +6,7 @@
     python bench/compare_engine.py --save     # also append the JSON line to bench/results/compare_engine.jsonl
 
 Parts of `qwenvl bench --engine`, which has the embedded model there: its steps are mostly Python, this one's mostly
-arithmetic. 8 requests at a mean context of 512 and with 64 new ids, at once and one at a time; 8 rows that decode; the
+arithmetic. 8 requests at a mean context of 256 and with 128 new ids, at once and one at a time; 8 rows that decode; the
 second round of a chat with a picture, reused and anew. Both ways in one process and in turn. The last line is JSON.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="of the three parts")
     given = parser.parse_args()
     rounds, seconds = (1, 300) if given.quick else (5, 900)
-    plan = replace(FULL, seconds=seconds, parts=tuple(given.only), answer=64, rounds=rounds)
+    plan = replace(FULL, seconds=seconds, parts=tuple(given.only), context=256, answer=128, rounds=rounds)
     begin, device = time.perf_counter(), Device(torch.device("cpu"))
     report = Report(
         "quick" if given.quick else "full", "mid-size, random", MID_SIZE, seconds=plan.seconds, table=True, quiet=False

@@ -75,7 +75,7 @@ TINY = Plan(
     matmul_side=512,
     peer_tokens=8,
     context=128,  # a quarter of the others, as a picture's span is in the embedded model
-    answer=32,
+    answer=64,
     arrivals=24,
     long_prompt=1536,
 )

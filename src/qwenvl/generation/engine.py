@@ -37,10 +37,10 @@ from .sampling import SamplingOptions
 from .schedule import Scheduler
 
 # What is computed of prompts between two steps of those that decode, in multiplications and additions: so much that
-# a GPU is busy with it for some 15 ms, and a few cores for some 200 ms. And tokens: at least so many, for large
+# a GPU is busy with it for some 15 ms, and a few cores for some 300 ms. And tokens: at least so many, for large
 # products to be worth it, and at most so many.
 CHUNK_OPERATIONS = {"cuda": 8e12}
-CPU_OPERATIONS = 2e10
+CPU_OPERATIONS = 4e10
 LEAST_CHUNK, LARGEST_CHUNK = 64, 2048
 
 
