@@ -172,7 +172,7 @@ class KVCache:
         longest = int(self.host_lengths[host_index].max())
         for store, target in ((self.keys, view.keys), (self.values, view.values)):
             for old, new in zip(store, target, strict=True):  # layer by layer, so that only one is ever held twice
-                new[:, :, :longest] = old[index, :, :longest]
+                new[:, :, :longest] = old[index.to(old.device), :, :longest]
         view.lengths.copy_(self.lengths[index])
         view.frequencies.copy_(self.frequencies[index])
         view.host_lengths.copy_(self.host_lengths[host_index])
