@@ -19,7 +19,7 @@ Command = Callable[[argparse.Namespace], None]
 
 # Seconds until another rank than the first says what is wrong. Mostly the first one says it, too, and torchrun ends all
 # others once one has ended.
-SILENCE = 1.0
+SILENCE = 5.0
 
 
 def as_rank(run: Command) -> Command:
