@@ -206,7 +206,8 @@ def _over_layers(device: str | torch.device, dtype: str | torch.dtype, checkpoin
     head = sum(count for name, count in sizes.items() if name.startswith(("decoder.ln_f.", "decoder.lm_head.")))
     layers = checkpoint.config.num_hidden_layers
     others = [sum(sizes.values()) - layers * block - head, *[0] * (len(devices) - 2), head]
-    split = LayerSplit(devices, layer_counts(layers, block, others, [_free(one) for one in devices]))
+    free = _free(devices) if first.type == "cuda" else [1] * len(devices)
+    split = LayerSplit(devices, layer_counts(layers, block, others, free))
     no_room = partial(_no_room, chosen, devices, checkpoint)
     return _Place(first, chosen, no_room, device_of=split.device_of, spread=split.apply)
 
@@ -228,7 +229,7 @@ def _check_room(
     if devices[0].type != "cuda":
         return
     torch.cuda.empty_cache()  # of a model that was dropped, which would be counted as taken
-    if _bytes_as(dtype, checkpoint, part=part) > sum(map(_free, devices)):
+    if _bytes_as(dtype, checkpoint, part=part) > sum(_free(devices)):
         raise _no_room(dtype, devices, checkpoint, part)
 
 
@@ -236,7 +237,7 @@ def _no_room(
     dtype: torch.dtype, devices: Sequence[torch.device], checkpoint: Checkpoint, part: Part | None = None
 ) -> ConfigError:
     """The error for weights that GPUs cannot hold, with what would fit."""
-    needed, free = _bytes_as(dtype, checkpoint, part=part), sum(map(_free, devices))
+    needed, free = _bytes_as(dtype, checkpoint, part=part), sum(_free(devices))
     share = needed / _bytes_as(dtype, checkpoint)
     host = free_memory() or sys.maxsize
     four = entries(replace(checkpoint.config, quantization_config=QuantizationConfig()))
@@ -254,9 +255,9 @@ def _no_room(
     )
 
 
-def _free(device: torch.device) -> int:
-    """Bytes that a device has left."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() or sys.maxsize
+def _free(devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that GPUs have left."""
+    return [torch.cuda.mem_get_info(device)[0] for device in devices]
 
 
 def _gb(count: float) -> str:

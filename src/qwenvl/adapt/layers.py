@@ -121,10 +121,12 @@ def split_of(model: QwenVL) -> LayerSplit | None:
 
 def allocate(model: QwenVL, split: LayerSplit, batch: int, max_length: int) -> KVCache:
     """`KVCache.allocate`, with the keys and values of each layer on the device of its block."""
-    config, dtype = model.config, model.decoder.wte.weight.dtype
-    cache: Any = KVCache.allocate(config, batch, min(max_length, 1), dtype, split.devices[0])
-    row = (batch, config.num_attention_heads, max_length, config.kv_channels)
+    config, first, dtype = model.config, split.devices[0], model.decoder.wte.weight.dtype
+    cache: Any = KVCache.allocate(config, batch, max_length, dtype, "meta")
+    _, *row = cache.keys.shape
     with torch.inference_mode(False):
+        cache.lengths = torch.zeros_like(cache.lengths, device=first)
+        cache.frequencies = torch.zeros_like(cache.frequencies, device=first)
         for name in ("keys", "values"):
             parts = [
                 torch.zeros(count, *row, dtype=dtype, device=device)
