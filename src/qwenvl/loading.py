@@ -192,7 +192,7 @@ def _over_ranks(
 
 
 def _over_layers(device: str | torch.device, dtype: str | torch.dtype, checkpoint: Checkpoint, quiet: bool) -> _Place:
-    """Consecutive layers on consecutive devices, filled to equal shares of what is free on them."""
+    """Consecutive layers on consecutive devices, filled to equal shares, with a cache of the longest text."""
     devices = split_devices(device)
     first = devices[0]
     if len(devices) == 1:
@@ -204,10 +204,11 @@ def _over_layers(device: str | torch.device, dtype: str | torch.dtype, checkpoin
     sizes = {entry.ours: _entry_bytes(entry, chosen, checkpoint) for entry in checkpoint.entries}
     block = sum(count for name, count in sizes.items() if name.startswith("decoder.blocks.0."))
     head = sum(count for name, count in sizes.items() if name.startswith(("decoder.ln_f.", "decoder.lm_head.")))
-    layers = checkpoint.config.num_hidden_layers
-    others = [sum(sizes.values()) - layers * block - head, *[0] * (len(devices) - 2), head]
+    config = checkpoint.config
+    others = [sum(sizes.values()) - config.num_hidden_layers * block - head, *[0] * (len(devices) - 2), head]
     free = _free(devices) if first.type == "cuda" else [1] * len(devices)
-    split = LayerSplit(devices, layer_counts(layers, block, others, free))
+    cache = 2 * config.hidden_size * config.max_position_embeddings * chosen.itemsize
+    split = LayerSplit(devices, layer_counts(config.num_hidden_layers, block + cache, others, free))
     no_room = partial(_no_room, chosen, devices, checkpoint)
     return _Place(first, chosen, no_room, device_of=split.device_of, spread=split.apply)
 

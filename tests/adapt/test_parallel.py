@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from support import one_line_error, random_model, small_config, write_checkpoint
 
 import qwenvl
-from qwenvl.adapt.parallel import check_ranks
+from qwenvl.adapt.parallel import TensorParallel, check_ranks
 from qwenvl.adapt.ranks import Ranks
 from qwenvl.config import QuantizationConfig, QwenVLConfig
 from qwenvl.errors import ConfigError
 from qwenvl.quantization.checkpoint import quantize
+from qwenvl.training.memory import QWEN_VL
+from qwenvl.weights.keymap import entries
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -181,6 +183,44 @@ def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranks(3, 4, 1, 2).device("cpu") == torch.device("cpu")
     with one_line_error(ConfigError, "4 processes", "2 GPUs", "--nproc-per-node 2", "cpu"):
         Ranks(0, 4, 0, 4).device("auto")
+
+
+@dataclasses.dataclass
+class Mesh:
+    """As much of a mesh as says what a rank has."""
+
+    rank: int
+    ranks: int
+
+    def get_local_rank(self) -> int:
+        """The place in it."""
+        return self.rank
+
+    def size(self) -> int:
+        """How many there are."""
+        return self.ranks
+
+    def get_group(self) -> None:
+        """None: nothing is sent."""
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "int4"])
+def test_what_the_published_models_take(packed: bool) -> None:
+    """The parts of all ranks make up the whole, and docs/parallel.md says how many GB each has."""
+    config = dataclasses.replace(QWEN_VL, quantization_config=QuantizationConfig() if packed else None)
+    told = []
+    for count in (1, 2, 4, 8):
+        held = 0
+        for rank in (0, count - 1):
+            sizes, shared = [], TensorParallel(config, Mesh(rank, count))  # type: ignore[arg-type]
+            for entry in entries(config):
+                part = shared.part(entry.ours, torch.empty(entry.our_shape, device="meta"))
+                sizes.append(part.numel() * (4 if entry.kind == "packed" else 2))
+            assert held in (0, sum(sizes))
+            held = sum(sizes)
+        told.append(f"{held / 1e9:.2f}")
+    row = "int4, groups of 128" if packed else "bfloat16"
+    assert f"| tensor, {row} | {' | '.join(told)} |" in (TESTS.parent / "docs" / "parallel.md").read_text()
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ from ..model.qwenvl import Output, QwenVL
 
 
 def layer_counts(layers: int, block: int, others: Sequence[int], free: Sequence[int]) -> list[int]:
-    """How many consecutive blocks of so many bytes each device gets, to be filled to equal shares of its free bytes.
+    """How many consecutive blocks each device gets, so that all are filled to equal shares of their free bytes.
 
-    others: bytes that each device holds besides. Each block goes where the share is smallest with it.
+    block: bytes of a block and of its part of the cache. others: bytes that each device holds besides. Each block goes
+    where the share is smallest with it.
     """
     counts = [0] * len(free)
     for _ in range(layers):
