@@ -38,11 +38,12 @@ EXAMPLES = {
   qwenvl chat                                              # talk to the embedded model in the terminal
   qwenvl chat --model Qwen/Qwen-VL-Chat --image dog.jpg    # talk about a picture
   qwenvl chat --image dog.jpg "What is this?"              # one question, one answer
-  qwenvl chat --image a.jpg --image b.jpg "Compare the two." --json --save boxes.png""",
+  qwenvl chat --image a.jpg --image b.jpg "Compare the two." --json --save boxes.png
+  qwenvl chat --model Qwen/Qwen-VL-Chat --parallel layers  # some layers on each GPU
+  torchrun --nproc-per-node 2 -m qwenvl.cli chat --model Qwen/Qwen-VL-Chat --parallel tensor  # a part of each layer""",
     "generate": """examples:
   qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "Generate the caption in English with grounding:" --bare
-  qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "What animal is it? Answer:" --bare --json
-  qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "A" --parallel layers     # GPUs one after the other""",
+  qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "What animal is it? Answer:" --bare --json""",
     "ground": """examples:
   qwenvl ground --image dog.jpg "the dog"
   qwenvl ground --image dog.jpg "the dog" --json --save boxes.png""",

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from .adapt.ranks import is_shared, of_first
+from .adapt.ranks import is_shared, of_first, shared_errors
 from .draw import draw_regions, save_image
 from .errors import ImageError, PromptError, QwenVLError, printable, told
 from .files import whole_file
@@ -70,7 +70,8 @@ class Conversation:
         if not source:
             raise PromptError("/image needs a path or URL")
         source = _path(source)
-        self.picture = self.pictures[source] = open_image(source, self.pipeline.policy)
+        with shared_errors(is_shared(self.pipeline.model)):  # a URL may fail in one of several processes alone
+            self.picture = self.pictures[source] = open_image(source, self.pipeline.policy)
         self.waiting.append(source)
         print(f"  picture of {self.picture.width} x {self.picture.height} pixels, for your next message")
 

@@ -168,8 +168,8 @@ class Rows(Share):
         quantization, self.per_word = config.quantization_config, _per_word(config)
         self.inputs = _equal(inputs, self.ranks, self.per_word)
         self.in_order = quantization is not None and not quantization.desc_act
-        self.whole_group = inputs if quantization is None or quantization.group_size == -1 else quantization.group_size
-        self.group_size = math.gcd(self.whole_group, self.inputs)
+        size = -1 if quantization is None else quantization.group_size
+        self.whole_group, self.group_size = (inputs, self.inputs) if size == -1 else (size, math.gcd(size, self.inputs))
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """The bias is the first rank's alone, as it is to be added once."""

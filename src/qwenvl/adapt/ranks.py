@@ -87,10 +87,11 @@ def join(device: torch.device) -> DeviceMesh:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    alone = not dist.is_initialized()
+    if alone:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         atexit.register(_leave)
-    if _hosts is None:
+    if alone or _hosts is None:
         _hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 

@@ -274,7 +274,7 @@ def load_into(
             if entry.ours in columns_first:
                 tensor = by_columns(stored, wanted)
             else:
-                place = device(entry.ours) if callable(device) else device
+                place = device if isinstance(device, (str, torch.device)) else device(entry.ours)
                 # A part is copied: as a view, it would keep the whole.
                 tensor = stored.to(device=place, dtype=wanted, copy=part is not None).contiguous()
             owner, _, leaf = entry.ours.rpartition(".")
