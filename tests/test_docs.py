@@ -108,7 +108,7 @@ def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.Monkey
             _parser().parse_args(arguments[arguments.index("qwenvl.cli") + 1 :])
         elif program == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-            assert subprocess.run(command, env=ENVIRONMENT, timeout=120, check=False).returncode == 0, line
+            assert subprocess.run(command, env=ENVIRONMENT, timeout=300, check=False).returncode == 0, line
         else:
             assert _exists(program, arguments), f"{document}: {line}"
 

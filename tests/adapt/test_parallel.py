@@ -40,7 +40,7 @@ def torchrun(count: int, *command: str, **options: Any) -> subprocess.CompletedP
     """A command in so many processes."""
     words = [*TORCHRUN, str(count), *command]
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((ENVIRONMENT["PYTHONPATH"], str(TESTS)))}
-    return subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment, **options)
+    return subprocess.run(words, capture_output=True, text=True, timeout=400, env=environment, **options)
 
 
 def write_packed(folder: Path, config: QwenVLConfig, *, shuffled: bool) -> None:
