@@ -29,7 +29,19 @@ FLOORS = [
     ["pictures"],
     ["pipeline"],
     ["loading"],
-    ["training", "quantization", "evaluation", "serving", "bench", "info", "demo", "terminal", "cli", "__main__"],
+    [
+        "training",
+        "quantization",
+        "evaluation",
+        "serving",
+        "bench",
+        "info",
+        "demo",
+        "terminal",
+        "processes",
+        "cli",
+        "__main__",
+    ],
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 INSTALLED = {"torch", "tiktoken", "safetensors", "huggingface_hub", "PIL", "numpy", "tqdm"}

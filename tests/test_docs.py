@@ -8,11 +8,14 @@ import io
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import ENVIRONMENT
 
 import qwenvl
 from qwenvl.cli import _parser, main
@@ -29,6 +32,7 @@ DOCUMENTS = (
     "docs/training.md",
     "docs/quantization.md",
     "docs/engine.md",
+    "docs/parallel.md",
     "docs/benchmark.md",
     "docs/small-model.md",
     "weights/tiny/README.md",
@@ -64,7 +68,10 @@ def headings(document: str) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "docs/engine.md"],
+    [
+        *("README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md"),
+        *("docs/engine.md", "docs/parallel.md"),
+    ],
 )
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader can paste the blocks one after the other; each line `# -> text` is what the block above it prints."""
@@ -81,7 +88,10 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "weights/tiny/README.md"],
+    [
+        *("README.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "docs/parallel.md"),
+        "weights/tiny/README.md",
+    ],
 )
 def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command does what it did when it was written: ours run here, those that build or download are looked up."""
@@ -95,6 +105,11 @@ def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.Monkey
             _parser().parse_args(arguments)
         elif program == "qwenvl":
             assert main(arguments) == 0, line
+        elif program == "torchrun" and HUB_ID.search(line):
+            _parser().parse_args(arguments[arguments.index("qwenvl.cli") + 1 :])
+        elif program == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+            assert subprocess.run(command, env=ENVIRONMENT, timeout=300, check=False).returncode == 0, line
         else:
             assert _exists(program, arguments), f"{document}: {line}"
 

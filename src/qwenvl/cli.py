@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .bench import command as bench
 from .errors import ImageError, PromptError, QwenVLError, printable, told
+from .processes import as_rank, parallel_of
 from .quantization import command as quantization
 from .training import command as training
 
@@ -37,7 +38,9 @@ EXAMPLES = {
   qwenvl chat                                              # talk to the embedded model in the terminal
   qwenvl chat --model Qwen/Qwen-VL-Chat --image dog.jpg    # talk about a picture
   qwenvl chat --image dog.jpg "What is this?"              # one question, one answer
-  qwenvl chat --image a.jpg --image b.jpg "Compare the two." --json --save boxes.png""",
+  qwenvl chat --image a.jpg --image b.jpg "Compare the two." --json --save boxes.png
+  qwenvl chat --model Qwen/Qwen-VL-Chat --parallel layers  # some layers on each GPU
+  torchrun --nproc-per-node 2 -m qwenvl.cli chat --model Qwen/Qwen-VL-Chat --parallel tensor  # a part of each layer""",
     "generate": """examples:
   qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "Generate the caption in English with grounding:" --bare
   qwenvl generate --model Qwen/Qwen-VL --image dog.jpg "What animal is it? Answer:" --bare --json""",
@@ -113,16 +116,26 @@ def _parser() -> argparse.ArgumentParser:
             group(sub)
         return sub
 
-    chat = command("chat", _chat, "Talk about pictures, or ask one question.", _model, _images, _decoding, _output)
+    chat = command(
+        "chat",
+        as_rank(_chat),
+        "Talk about pictures, or ask one question.",
+        _model,
+        _parallel,
+        _images,
+        _decoding,
+        _output,
+    )
     chat.add_argument("question", nargs="?", help="ask this and exit; without it, talk in the terminal")
     chat.add_argument("--system", help="the system message")
     chat.add_argument("--out", default="qwenvl-out", help="folder for annotated pictures (default: %(default)s)")
 
     generate = command(
         "generate",
-        _generate,
+        as_rank(_generate),
         "Let a base checkpoint go on after pictures and a text.",
         _model,
+        _parallel,
         _images,
         _decoding,
         _output,
@@ -130,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="the text after the pictures")
     generate.add_argument("--bare", action="store_true", help="write no `Picture k:` before the pictures")
 
-    ground = command("ground", _ground, "Find a phrase in a picture.", _model, _output)
+    ground = command("ground", as_rank(_ground), "Find a phrase in a picture.", _model, _parallel, _output)
     ground.add_argument("--image", nargs=1, required=True, help="path or URL")
     ground.add_argument("phrase", help='what to find, such as "the dog"')
 
@@ -170,6 +183,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: %(default)s)")
     parser.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, as `qwenvl train` writes it")
     _source(parser)
+
+
+def _parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parallel",
+        choices=("tensor", "layers"),
+        help="several devices: a part of each layer on each, under torchrun; or some layers on each (docs/parallel.md)",
+    )
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +236,7 @@ def _load(given: argparse.Namespace) -> Pipeline:
         revision=given.revision,
         cache_dir=given.cache_dir,
         adapter=given.adapter,
+        parallel=parallel_of(given),
         quiet=given.quiet,
     )
     if pipeline.config.note and not given.quiet:
@@ -255,7 +277,7 @@ def _chat(given: argparse.Namespace) -> None:
     pictures = _pictures(given, given.image)
     pipeline = _load(given)
     if given.question is None:
-        converse(pipeline, given.image, given.out, **system, **_options(given))
+        converse(pipeline, given.image, given.out if given.first else None, **system, **_options(given))
         return
     query = [*({"image": picture} for picture in pictures), {"text": given.question}]
     stream = pipeline.chat_stream(query, **system, **_options(given))

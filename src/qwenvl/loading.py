@@ -12,18 +12,22 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
 from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
+from .adapt.layers import LayerSplit, layer_counts
 from .adapt.layout import columns_first, read_for_few_rows
 from .adapt.packed_cpu import table_bytes
+from .adapt.ranks import Ranks, join, of_first, shared_errors
 from .adapt.split import split_attention
 from .config import GenerationConfig, QuantizationConfig, QwenVLConfig
 from .draw import FONT_FILE
@@ -33,8 +37,9 @@ from .pipeline import Pipeline
 from .text.tokenizer import VOCABULARY_FILE, Tokenizer
 from .weights.checkpoint import Checkpoint, load_into
 from .weights.hub import resolve
-from .weights.keymap import entries
+from .weights.keymap import Entry, entries
 
+Part = Callable[[str, Tensor], Tensor]  # what is loaded of the tensor of a name
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +51,7 @@ def load(
     cache_dir: str | Path | None = None,
     *,
     adapter: str | Path | None = None,
+    parallel: str | None = None,
     quiet: bool = False,
 ) -> Pipeline:
     """Load a checkpoint, ready to be asked.
@@ -53,25 +59,35 @@ def load(
     Args:
         name: a hub id ("Qwen/Qwen-VL-Chat", "modelscope:qwen/Qwen-VL-Chat"), a folder in the reference's layout or
             ours, or "tiny", the small checkpoint that comes with the library.
-        device: "auto" (CUDA, else MPS, else the CPU) or a torch device.
+        device: "auto" (CUDA, else MPS, else the CPU) or a torch device; with parallel "layers" also several, as in
+            "cuda:0,cuda:2".
         dtype: "auto" or a torch dtype, by name or as an object. "auto" is bfloat16 on CUDA (float16 where the GPU has
             no bfloat16), float16 on MPS, and on the CPU float32 if that fits in memory, else bfloat16.
         revision, cache_dir: of the hub download.
         adapter: a LoRA adapter, as the folder that training or PEFT wrote. It is folded into the weights, so that the
             model is as fast as without; beside packed weights, which cannot take it in, it stays by itself.
+        parallel: None, one device. "tensor": each of the processes that torchrun started has a part of every layer, on
+            a device of its own. "layers": consecutive layers on consecutive devices, in one process; "auto" and "cuda"
+            are then all GPUs there are. See docs/parallel.md.
         quiet: no progress bars and no remarks.
 
     The model is built on the meta device and its tensors are put in one by one, so memory never holds them twice.
     Raises CheckpointError or ConfigError.
     """
+    if parallel not in (None, "tensor", "layers"):
+        raise ConfigError(f"parallel {parallel!r} is not a way to use several devices; use 'tensor', 'layers' or None")
+    ranks = Ranks.of_torchrun() if parallel == "tensor" else None
+    quiet = quiet or (ranks is not None and not ranks.first)
     if adapter is not None and not Path(adapter).is_dir():
         raise ConfigError(f"there is no folder {adapter} with an adapter")
+    if adapter is not None and ranks is not None:
+        raise ConfigError(
+            "parallel 'tensor' takes no adapter: fold it into a 16-bit checkpoint first, by qwenvl convert "
+            f"{name} FOLDER --adapter {adapter}, and load FOLDER; or use parallel 'layers'"
+        )
     folder = resolve(name, revision=revision, cache_dir=cache_dir, quiet=quiet)
     checkpoint = Checkpoint(folder)
     config = checkpoint.config
-    device = choose_device(device)
-    dtype = _choose_dtype(dtype, device, checkpoint, quiet)
-    _check_room(dtype, device, checkpoint)
     # The small files before the large ones: what is wrong with them should not take minutes to be said.
     generation_config = GenerationConfig.load(folder)
     tokenizer = Tokenizer(folder) if (folder / VOCABULARY_FILE).is_file() else None
@@ -80,18 +96,28 @@ def load(
             f"{folder}: visual.image_start_id is {config.visual.image_start_id} in config.json, but <img> is "
             f"{tokenizer.image_start_id} in {VOCABULARY_FILE}"
         )
+    if ranks is not None:
+        place = _over_ranks(ranks, device, dtype, checkpoint, quiet)
+    elif parallel == "layers":
+        place = _over_layers(device, dtype, checkpoint, quiet)
+    else:
+        place = _on_one(choose_device(device), dtype, checkpoint, quiet)
 
     def fill(model: QwenVL, laid_out: frozenset[str]) -> None:
-        load_into(model, checkpoint, dtype=dtype, device=device, columns_first=laid_out, quiet=quiet)
+        where = place.device_of or place.device
+        load_into(
+            model, checkpoint, dtype=place.dtype, device=where, columns_first=laid_out, part=place.part, quiet=quiet
+        )
         if adapter is not None:
             load_adapter(model, adapter, merge=config.quantization_config is None)
 
-    try:
-        model = build(config, dtype, device, fill, quiet=quiet)
-    except torch.OutOfMemoryError as error:  # there was room at first: it lies in pieces, or was taken meanwhile
-        traceback.clear_frames(error.__traceback__)  # which hold what was loaded
-        torch.cuda.empty_cache()
-        raise _no_room(dtype, device, checkpoint) from None
+    with shared_errors(ranks is not None):
+        try:
+            model = build(config, place.dtype, place.device, fill, spread=place.spread, quiet=quiet)
+        except torch.OutOfMemoryError as error:  # there was room at first: it lies in pieces, or was taken meanwhile
+            traceback.clear_frames(error.__traceback__)  # which hold what was loaded
+            torch.cuda.empty_cache()
+            raise place.no_room() from None
     font = folder / FONT_FILE
     return Pipeline(model, tokenizer, generation_config, name=str(name), font=font if font.is_file() else None)
 
@@ -102,18 +128,22 @@ def build(
     device: torch.device,
     fill: Callable[[QwenVL, frozenset[str]], None],
     *,
+    spread: Callable[[QwenVL], None] | None = None,
     quiet: bool = False,
 ) -> QwenVL:
     """A model in eval mode, made on the meta device, adapted to its weights and to the device that it is to run on.
 
-    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`).
+    `fill(model, names)` puts the tensors in, those of these names laid out by columns (see `adapt/layout.py`). Before,
+    `spread(model)` makes it the model of several devices.
     """
     with torch.device("meta"):
         model = QwenVL(config)
         if config.quantization_config is not None:
             quantize_structure(model, config)
-    if device.type == "cpu" and dtype == torch.float32:
-        read_for_few_rows(model.decoder)
+        if device.type == "cpu" and dtype == torch.float32:
+            read_for_few_rows(model.decoder)
+        if spread is not None:
+            spread(model)
     fill(model, columns_first(model, dtype, device))
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
@@ -123,50 +153,136 @@ def build(
     return model.eval()
 
 
-def _check_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> None:
-    """Refuse what a GPU cannot hold before the first byte is read. Raises ConfigError."""
-    if device.type != "cuda":
+@dataclass(frozen=True)
+class _Place:
+    """Where a model goes: to `device`, or each tensor to `device_of(name)`; all of it, or a part of each tensor.
+
+    `spread` changes the structure to that, and `no_room` is the error should the memory not suffice after all.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    no_room: Callable[[], ConfigError]
+    device_of: Callable[[str], torch.device] | None = None
+    part: Part | None = None
+    spread: Callable[[QwenVL], None] | None = None
+
+
+def _on_one(device: torch.device, dtype: str | torch.dtype, checkpoint: Checkpoint, quiet: bool) -> _Place:
+    chosen = _choose_dtype(dtype, device, checkpoint, quiet)
+    _check_room(chosen, [device], checkpoint)
+    return _Place(device, chosen, lambda: _no_room(chosen, [device], checkpoint))
+
+
+def _over_ranks(
+    ranks: Ranks, device: str | torch.device, dtype: str | torch.dtype, checkpoint: Checkpoint, quiet: bool
+) -> _Place:
+    """This rank's part of every layer, on its own device."""
+    from .adapt.parallel import TensorParallel, check_ranks
+
+    check_ranks(checkpoint.config, ranks.count)
+    own = ranks.device(device)
+    mesh = join(own)
+    with shared_errors():  # memory may differ from rank to rank
+        chosen = _choose_dtype(dtype, own, checkpoint, quiet)
+    chosen = of_first(chosen)
+    tensor = TensorParallel(checkpoint.config, mesh)
+    with shared_errors():
+        _check_room(chosen, [own], checkpoint, tensor.part)
+    no_room = partial(_no_room, chosen, [own], checkpoint, tensor.part)
+    return _Place(own, chosen, no_room, part=tensor.part, spread=tensor.apply)
+
+
+def _over_layers(device: str | torch.device, dtype: str | torch.dtype, checkpoint: Checkpoint, quiet: bool) -> _Place:
+    """Consecutive layers on consecutive devices, filled to equal shares, with a cache of the longest text."""
+    devices = split_devices(device)
+    first = devices[0]
+    if len(devices) == 1:
+        if not quiet:
+            tqdm.write(f"parallel 'layers' found one device, {first}: loading as without", file=sys.stderr)
+        return _on_one(first, dtype, checkpoint, quiet)
+    chosen = _choose_dtype(dtype, first, checkpoint, quiet)
+    _check_room(chosen, devices, checkpoint)
+    sizes = {entry.ours: _entry_bytes(entry, chosen, checkpoint) for entry in checkpoint.entries}
+    block = sum(count for name, count in sizes.items() if name.startswith("decoder.blocks.0."))
+    head = sum(count for name, count in sizes.items() if name.startswith(("decoder.ln_f.", "decoder.lm_head.")))
+    config = checkpoint.config
+    others = [sum(sizes.values()) - config.num_hidden_layers * block - head, *[0] * (len(devices) - 2), head]
+    free = _free(devices) if first.type == "cuda" else [1] * len(devices)
+    cache = 2 * config.hidden_size * config.max_position_embeddings * chosen.itemsize
+    split = LayerSplit(devices, layer_counts(config.num_hidden_layers, block + cache, others, free))
+    no_room = partial(_no_room, chosen, devices, checkpoint)
+    return _Place(first, chosen, no_room, device_of=split.device_of, spread=split.apply)
+
+
+def split_devices(device: str | torch.device) -> list[torch.device]:
+    """The devices that layers are to be split over: those named, or all GPUs. Raises ConfigError."""
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = [choose_device(name.strip()) for name in str(device).split(",")]
+    if len({one.type for one in devices}) > 1:
+        raise ConfigError(f"device {device}: layers are split over devices of one kind")
+    return [torch.device("cuda", one.index or 0) if one.type == "cuda" else one for one in devices]
+
+
+def _check_room(
+    dtype: torch.dtype, devices: Sequence[torch.device], checkpoint: Checkpoint, part: Part | None = None
+) -> None:
+    """Refuse what GPUs cannot hold before the first byte is read. Raises ConfigError."""
+    if devices[0].type != "cuda":
         return
     torch.cuda.empty_cache()  # of a model that was dropped, which would be counted as taken
-    if _bytes_as(dtype, checkpoint) > torch.cuda.mem_get_info(device)[0]:
-        raise _no_room(dtype, device, checkpoint)
+    if _bytes_as(dtype, checkpoint, part=part) > sum(_free(devices)):
+        raise _no_room(dtype, devices, checkpoint, part)
 
 
-def _no_room(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint) -> ConfigError:
-    """The error for weights that a GPU cannot hold, with what would fit."""
-    needed, free = _bytes_as(dtype, checkpoint), torch.cuda.mem_get_info(device)[0]
+def _no_room(
+    dtype: torch.dtype, devices: Sequence[torch.device], checkpoint: Checkpoint, part: Part | None = None
+) -> ConfigError:
+    """The error for weights that GPUs cannot hold, with what would fit."""
+    needed, free = _bytes_as(dtype, checkpoint, part=part), sum(_free(devices))
+    share = needed / _bytes_as(dtype, checkpoint)
     host = free_memory() or sys.maxsize
     four = entries(replace(checkpoint.config, quantization_config=QuantizationConfig()))
     packed = sum(math.prod(entry.our_shape) * (4 if entry.kind == "packed" else 2) for entry in four)
     ways = [
-        ("dtype bfloat16", _bytes_as(torch.bfloat16, checkpoint), free),
-        ("a checkpoint in 4 bits (qwenvl quantize makes one)", packed, free),
+        ("dtype bfloat16", share * _bytes_as(torch.bfloat16, checkpoint), free),
+        ("a checkpoint in 4 bits (qwenvl quantize makes one)", share * packed, free),
         ("bfloat16 on device cpu", _bytes_as(torch.bfloat16, checkpoint, arranged=True), host),
     ]
     fitting = [f"{way} takes {_gb(count)} of {_gb(room)}" for way, count, room in ways if count < room]
+    what = "the weights take" if part is None else "this process's part of the weights takes"
     return ConfigError(
-        f"the weights take {_gb(needed)} as {str(dtype).removeprefix('torch.')} and {_gb(free)} are free on {device}: "
-        f"{'; '.join(fitting) or 'use a device with more memory'}"
+        f"{what} {_gb(needed)} as {str(dtype).removeprefix('torch.')} and {_gb(free)} are free on "
+        f"{', '.join(map(str, devices))}: {'; '.join(fitting) or 'use a device with more memory, or several'}"
     )
 
 
-def _gb(count: int) -> str:
+def _free(devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that GPUs have left."""
+    return [torch.cuda.mem_get_info(device)[0] for device in devices]
+
+
+def _gb(count: float) -> str:
     """Bytes as people say them."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = False) -> int:
-    """What the weights take once they are loaded; `arranged`, as packed ones are for a CPU."""
-    quantization, needed = checkpoint.config.quantization_config, 0
-    for entry in checkpoint.entries:
-        if entry.kind == "float":
-            needed += dtype.itemsize * math.prod(entry.our_shape)
-        elif arranged and quantization is not None and entry.ours.endswith(".qweight"):
-            inputs = entry.our_shape[0] * quantization.per_word
-            needed += table_bytes(inputs, entry.our_shape[1], quantization.groups(inputs))
-        else:
-            needed += checkpoint.at(entry).bytes
-    return needed
+def _bytes_as(dtype: torch.dtype, checkpoint: Checkpoint, *, arranged: bool = False, part: Part | None = None) -> int:
+    """What the weights, or a part of each, take once they are loaded; `arranged`, as packed ones are for a CPU."""
+    return sum(_entry_bytes(entry, dtype, checkpoint, arranged, part) for entry in checkpoint.entries)
+
+
+def _entry_bytes(
+    entry: Entry, dtype: torch.dtype, checkpoint: Checkpoint, arranged: bool = False, part: Part | None = None
+) -> int:
+    quantization = checkpoint.config.quantization_config
+    if arranged and quantization is not None and entry.ours.endswith(".qweight"):
+        inputs = entry.our_shape[0] * quantization.per_word
+        return table_bytes(inputs, entry.our_shape[1], quantization.groups(inputs))
+    whole = math.prod(entry.our_shape)
+    held = whole if part is None else part(entry.ours, torch.empty(entry.our_shape, device="meta")).numel()
+    return held * (dtype.itemsize if entry.kind == "float" else checkpoint.at(entry).bytes // whole)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

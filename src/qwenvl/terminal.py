@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from .adapt.ranks import is_shared, of_first, shared_errors
 from .draw import draw_regions, save_image
 from .errors import ImageError, PromptError, QwenVLError, printable, told
 from .files import whole_file
@@ -45,11 +46,11 @@ class Conversation:
     """One chat: its history, pictures waiting for the next message, the latest picture and its annotated copy.
 
     `pictures` keeps every picture under the name that the history uses: a file that is deleted or a URL that goes away
-    in the middle does not end the conversation.
+    in the middle does not end the conversation. Without `out`, no file is written.
     """
 
-    def __init__(self, pipeline: Pipeline, out: str | Path, **options: Any) -> None:  # noqa: ANN401
-        self.pipeline, self.out, self.options = pipeline, Path(out), options
+    def __init__(self, pipeline: Pipeline, out: str | Path | None, **options: Any) -> None:  # noqa: ANN401
+        self.pipeline, self.out, self.options = pipeline, None if out is None else Path(out), options
         self._forget()
 
     def _forget(self) -> None:
@@ -69,7 +70,8 @@ class Conversation:
         if not source:
             raise PromptError("/image needs a path or URL")
         source = _path(source)
-        self.picture = self.pictures[source] = open_image(source, self.pipeline.policy)
+        with shared_errors(is_shared(self.pipeline.model)):  # a URL may fail in one of several processes alone
+            self.picture = self.pictures[source] = open_image(source, self.pipeline.policy)
         self.waiting.append(source)
         print(f"  picture of {self.picture.width} x {self.picture.height} pixels, for your next message")
 
@@ -105,6 +107,8 @@ class Conversation:
         """Write the conversation or the annotated picture, by the ending of the name."""
         if not name:
             raise PromptError("/save needs a file name: .json for the conversation, .png or .jpg for the picture")
+        if self.out is None:
+            return
         path = Path(_path(name))
         if path.suffix.lower() == ".json":
             turns = json.dumps([turn.to_dict() for turn in self.history], ensure_ascii=False, indent=2) + "\n"
@@ -125,7 +129,7 @@ class Conversation:
 
     def _keep(self, annotated: Image.Image | None) -> None:
         """Write a picture with boxes into the output folder, under the first number that is free."""
-        if annotated is None:
+        if annotated is None or self.out is None:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -152,8 +156,28 @@ def _line_editing() -> None:
         readline.parse_and_bind("tab: complete")  # with no completer set, these are file names
 
 
-def converse(pipeline: Pipeline, images: Sequence[str], out: str, **options: Any) -> None:  # noqa: ANN401
-    """Read lines and answer them until the input ends. A mistake is told in one line and loses nothing."""
+def _read_line(pipeline: Pipeline, first: bool) -> str:
+    """A line of input; where several processes share the model, all get what the first one reads."""
+    if not is_shared(pipeline.model):
+        return input("you> ")
+    line: str | None = None
+    if first:
+        try:
+            line = input("you> ")
+        except EOFError:
+            pass
+        except KeyboardInterrupt:
+            line = ""
+    if (line := of_first(line)) is None:
+        raise EOFError
+    return line
+
+
+def converse(pipeline: Pipeline, images: Sequence[str], out: str | None, **options: Any) -> None:  # noqa: ANN401
+    """Read lines and answer them until the input ends. A mistake is told in one line and loses nothing.
+
+    Without `out`, as in a process that only computes along, no file is written.
+    """
     _line_editing()
     conversation = Conversation(pipeline, out, **options)
     commands = {
@@ -168,7 +192,7 @@ def converse(pipeline: Pipeline, images: Sequence[str], out: str, **options: Any
         conversation.image(source)
     while True:
         try:
-            line = input("you> ").strip()
+            line = _read_line(pipeline, out is not None).strip()
         except EOFError:
             print()
             return

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..adapt.capture import Stepper
+from ..adapt.ranks import common_seed
 from ..errors import PromptError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
@@ -107,7 +108,8 @@ def decode(
     """
     stepper = Stepper(model, cache) if stepper is None else stepper
     width, limits, begun = history.shape[1], room(cache, options), cache.host_lengths.clone()
-    generators = row_generators(options.seed, len(logits), logits.device) if options.do_sample else None
+    seed = common_seed(model, options.seed) if options.do_sample else None
+    generators = row_generators(seed, len(logits), logits.device) if options.do_sample else None
     text = torch.nn.functional.pad(history, (0, max(limits)))
     mask = torch.ones_like(text, dtype=torch.bool)
     if history_mask is not None:

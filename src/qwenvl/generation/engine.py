@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapt.ranks import common_seed
 from ..config import QwenVLConfig
 from ..errors import PromptError
 from ..image import image_hash
@@ -224,6 +225,7 @@ class Engine:
             options,
             drive=self.step,
             device=self.device,
+            seed=common_seed(self.model, options.seed) if options.do_sample else None,
             limit=min(options.max_new_tokens, slots - len(prompt)),
             n_vocab=self.n_vocab,
             continuations=continuations,

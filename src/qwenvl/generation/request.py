@@ -45,6 +45,7 @@ class Request(Iterator[int]):
         *,
         drive: Callable[[], bool],
         device: torch.device,
+        seed: int | None = None,
         limit: int = 0,
         stop_ids: Sequence[int] = (),
         should_stop: Callable[[int], bool] | None = None,
@@ -71,7 +72,7 @@ class Request(Iterator[int]):
         self.embeddings: Tensor | None = None  # [1,T,C] of the tokens from `embedded` on
         self.embedded = 0
         self.logits: Tensor | None = None  # [1,V] behind the prompt
-        self.generator = row_generators(options.seed, 1, device)[0] if options.do_sample else None
+        self.generator = row_generators(seed, 1, device)[0] if options.do_sample else None
         self._text: Tensor | None = None
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size:
             self._text = torch.zeros(1, len(prompt) + limit, dtype=torch.int64, device=device)

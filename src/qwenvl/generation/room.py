@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..adapt import layers
+from ..adapt.ranks import is_shared, shared_errors
 from ..errors import CacheError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
@@ -21,9 +23,11 @@ from ..model.qwenvl import QwenVL
 
 def allocate(model: QwenVL, batch: int, max_length: int) -> KVCache:
     """An empty cache of `batch` rows with `max_length` slots each, where the model is. Raises CacheError."""
-    weight = model.decoder.wte.weight
-    with bounded(model, batch, max_length):
-        return KVCache.allocate(model.config, batch, max_length, weight.dtype, weight.device)
+    weight, split = model.decoder.wte.weight, layers.split_of(model)
+    with shared_errors(is_shared(model)), bounded(model, batch, max_length):
+        if split is not None:
+            return layers.allocate(model, split, batch, max_length)
+        return KVCache.allocate(model.decoder.config, batch, max_length, weight.dtype, weight.device)
 
 
 def fitting_rows(model: QwenVL, length: int) -> int:
@@ -52,7 +56,7 @@ def bounded(model: QwenVL, batch: int, max_length: int, *, cache: KVCache | None
     token = _cache_bytes(model)
     asked = f"{batch} x {max_length} tokens" if batch > 1 else f"{max_length} tokens"
     told = f"out of memory on {weight.device}: the cache of {asked} takes {token * batch * max_length / 1e9:.2f} GB"
-    if (free := _free_bytes(weight.device)) is not None:
+    if layers.split_of(model) is None and (free := _free_bytes(weight.device)) is not None:
         held = 0 if cache is None else token * cache.batch * cache.max_length
         # No more than half of what did not fit, whatever the estimate says: memory may lie in pieces.
         fitting = min((free + held) // (token + _passing_bytes(model)), batch * max_length // 2)
@@ -72,7 +76,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _cache_bytes(model: QwenVL) -> int:
     """What the cache of one token takes: its key and its value in every layer."""
-    config = model.config
+    config = model.decoder.config  # a rank's, where several share the model
     width = config.num_attention_heads * config.kv_channels
     return 2 * config.num_hidden_layers * width * model.decoder.wte.weight.dtype.itemsize
 

@@ -151,10 +151,10 @@ class KVCache:
         len(rows) rows.
         """
         old, new = list(rows), list(range(len(rows)) if places is None else places)
-        longest, device = int(self.host_lengths[old].max()), self.keys.device
-        source, target = torch.tensor(old, device=device), torch.tensor(new, device=device)
+        longest = int(self.host_lengths[old].max())
+        source, target = torch.tensor([old, new], device=self.keys.device)
         for layer in (*self.keys, *self.values):  # one by one, so that only one is ever held twice
-            layer[target, :, :longest] = layer[source, :, :longest]
+            layer[target.to(layer.device), :, :longest] = layer[source.to(layer.device), :, :longest]
         for state in self._states:
             state[new] = state[old]
         return self.rows(slice(len(rows)))
@@ -170,8 +170,8 @@ class KVCache:
 
     def erase(self) -> None:
         """Be empty, and zero: what a failed computation left (NaN) would not be hidden by a mask."""
-        self.keys.zero_()
-        self.values.zero_()
+        for layer in (*self.keys, *self.values):
+            layer.zero_()
         self.rewind([0] * self.batch)
 
     def append(self, layer: int, keys: Tensor, values: Tensor, slots: Slots, bucket: int) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ class QwenVL(nn.Module):
             back = order.argsort(dim=1)
             x = _take_columns(x, back)
             hidden = hidden and [_take_columns(h, back) for h in hidden]
-            maps = maps and [_restore_map(m, back, keys_too=cache is None) for m in maps]
+            maps = maps and [_restore_map(m, back.to(m.device), keys_too=cache is None) for m in maps]
         logits = self.decoder.lm_head(x if logits_to_keep is None else x[:, max(columns - logits_to_keep, 0) :])
         if hidden is None and maps is None:
             return logits
@@ -260,7 +260,7 @@ def _left_alignment(real: Tensor) -> tuple[Tensor | None, list[int]]:
 
 def _take_columns(x: Tensor, order: Tensor) -> Tensor:
     """Columns of x [B,T,C], row by row in the order [B,T]."""
-    return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, order.to(x.device)[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 def _restore_map(weights: Tensor, back: Tensor, *, keys_too: bool) -> Tensor:

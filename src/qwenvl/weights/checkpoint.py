@@ -233,20 +233,23 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     columns_first: Collection[str] = (),
+    part: Callable[[str, Tensor], Tensor] | None = None,
     quiet: bool = False,
 ) -> None:
     """Give every parameter and buffer of `module` (built on the meta device) its tensor from `checkpoint`.
 
-    Floating tensors become `dtype` and move to `device` one by one; int4 scales keep the dtype in which they are
-    stored and packed words stay int32. On the CPU, tensors that need no cast stay views of the mapped file. The weights
-    named in `columns_first` are laid out by columns (see `adapt/layout.py`). Progress is shown in bytes on a terminal,
-    unless `quiet`. Raises CheckpointError, before anything is read, if the module's names or shapes are not the
-    checkpoint's.
+    Floating tensors become `dtype` and move to `device`, or each to `device(name)`, one by one; int4 scales keep the
+    dtype in which they are stored and packed words stay int32. On the CPU, tensors that need no cast stay views of the
+    mapped file. The weights named in `columns_first` are laid out by columns (see `adapt/layout.py`). Of a module that
+    has a part of some tensors, `part(name, tensor)` is what is loaded. Progress is shown in bytes on a terminal, unless
+    `quiet`. Raises CheckpointError, before anything is read, if the module's names or shapes are not the checkpoint's.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {entry.ours: entry.our_shape for entry in checkpoint.entries}
+    if part is not None:
+        given = {name: tuple(part(name, torch.empty(shape, device="meta")).shape) for name, shape in given.items()}
     problems = [
         *_listed([name for name in expected if name not in given], "missing"),
         *_listed([name for name in given if name not in expected], "unknown to the model"),
@@ -266,10 +269,14 @@ def load_into(
             if entry.ours.endswith(".g_idx"):
                 _check_groups(entry, stored, checkpoint.config)
             wanted = dtype if entry.kind == "float" else stored.dtype
+            if part is not None:
+                stored = part(entry.ours, stored)
             if entry.ours in columns_first:
                 tensor = by_columns(stored, wanted)
             else:
-                tensor = stored.to(device=device, dtype=wanted).contiguous()
+                place = device if isinstance(device, (str, torch.device)) else device(entry.ours)
+                # A part is copied: as a view, it would keep the whole.
+                tensor = stored.to(device=place, dtype=wanted, copy=part is not None).contiguous()
             owner, _, leaf = entry.ours.rpartition(".")
             # Through the owner alone: loading through the whole module would walk all of it for each tensor.
             module.get_submodule(owner).load_state_dict({leaf: tensor}, strict=False, assign=True)
