@@ -102,9 +102,28 @@ def compared(folder: Path) -> dict[str, Any]:
             shared.generate_ids(**inputs, **options) == whole.generate_ids(**inputs, **options)
             for options in (greedy, sampled, beams)
         ],
+        "engine": answers(shared, whole),
         "fresh": shared.generate_ids(**inputs, **sampled | {"seed": None}),
         "fresh again": shared.generate_ids(**inputs, **sampled | {"seed": None}),
     }
+
+
+def answers(shared: Pipeline, whole: Pipeline) -> dict[str, Any]:
+    """Three requests on an engine of two rows: greedy, with a seed, without; and what the whole model says to them."""
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [5, 6, 7, 8]]
+    options: list[dict[str, Any]] = [{}, {"do_sample": True, "seed": 3}, {"do_sample": True}]
+    engine = shared.start_engine(rows=2, max_length=64)
+    requests = [
+        engine.submit(ids, max_new_tokens=8, stop_ids=(), **chosen)
+        for ids, chosen in zip(prompts, options, strict=True)
+    ]
+    said = [request.result() for request in requests]
+    shared.engine = None
+    expected = [
+        whole.generate_ids(torch.tensor([ids]), max_new_tokens=8, stop_ids=(), **chosen)[0]
+        for ids, chosen in zip(prompts, options, strict=True)
+    ]
+    return {"as whole": said[:2] == expected[:2], "fresh": said[2]}
 
 
 def block_bytes(vl: Pipeline) -> int:

@@ -95,6 +95,23 @@ def test_chat_goes_on_from_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reply.startswith("<ref>")
 
 
+def test_many_at_once(split: Pipeline, tiny_112: Golden) -> None:
+    """An engine's rows change places, copy beginnings and are erased over several devices as over one."""
+    case = tiny_112.case("text")
+    (ids,) = case.input_ids.tolist()
+    split.start_engine(rows=3, max_length=256, chunk=16)
+    assert split.engine is not None
+    prompts = [ids[:end] for end in (40, 20, 41, 30, 12)]
+    sick = split.engine.submit(ids[:9], should_stop=lambda _: bool(1 // 0))
+    requests = [split.engine.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    with pytest.raises(ZeroDivisionError):
+        sick.result()
+    for prompt, request in zip(prompts, requests, strict=True):
+        alone = tiny_112.vl.generate_ids(torch.tensor([prompt]), max_new_tokens=6, stop_ids=())
+        assert [request.result()] == alone
+    assert requests[2].reused
+
+
 def test_the_cache_does_as_one_tensor_does(split: Pipeline) -> None:
     """Views share memory; rows are reordered, copied and rewound as in a cache of one device."""
     config = split.config

@@ -87,9 +87,11 @@ def test_two_ranks_compute_what_one_does(ranks: Sequence[dict[str, Any]], name: 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_two_ranks_choose_what_one_does(ranks: Sequence[dict[str, Any]], name: str) -> None:
-    """Greedy, sampled with a seed, and beams. Without a seed, ranks once could draw different ids."""
+    """Greedy, sampled with a seed, and beams, and on an engine. Without a seed, ranks once could draw different ids."""
     first, second = (rank[name] for rank in ranks)
     assert first["ids"] == second["ids"] == [True, True, True]
+    assert first["engine"] == second["engine"]
+    assert first["engine"]["as whole"]
     assert first["fresh"] == second["fresh"]
     assert first["fresh again"] == second["fresh again"]
     assert first["fresh"] != first["fresh again"]
