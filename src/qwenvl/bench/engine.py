@@ -150,32 +150,42 @@ def _throughput(bench: _Bench, seconds: float) -> Iterator[Event]:
 
 
 def _steady(bench: _Bench, seconds: float) -> Iterator[Event]:
-    """All rows decode, none of them begins or ends; beside the least time in which weights and caches are read."""
+    """All rows decode, none of them begins or ends, beside the least time in which weights and caches are read; one."""
     subject, plan, rows = bench.subject, bench.plan, bench.rows
     end = subject.device.clock() + seconds
-    behind = plan.context - plan.answer // 2
-    driver = bench.driver(end, 3 * plan.context)
+    many, one = bench.driver(end, 3 * plan.context), bench.driver(end, 3 * plan.context, rows=1)
 
-    def once(number: int) -> tuple[float, float]:
-        answers = [driver.ask(ask) for ask in bench.texts(number, behind, 2 * plan.context)]
-        driver.settle(answers)
-        before, begin = len(driver.loads), driver.clock()
-        ids = sum(len(answer.times) for answer in answers)
-        for _ in range(plan.answer):
-            driver.step()
-        taken, loads = driver.clock() - begin, driver.loads[before:]
-        ids = sum(len(answer.times) for answer in answers) - ids
-        driver.cancel()
-        return ids / taken, statistics.mean(load.tokens for load in loads) / rows
+    def once(number: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        asks = bench.texts(number, plan.context - plan.answer // 2, 2 * plan.context)
+        if number % 2:
+            return _steps(many, asks, plan.answer), _steps(one, asks[:1], plan.answer)
+        alone = _steps(one, asks[:1], plan.answer)
+        return _steps(many, asks, plan.answer), alone
 
     found = bench.rounds(once, end)
-    context = statistics.mean(context for _, context in found)
-    work = stepping(subject.config, subject.width, rows, context)
+    context = statistics.mean(context for (_, context), _ in found)
     note = f"a mean context of {context:.0f}"
-    figure = bench.figure(
-        f"{rows} rows decoding", [rate for rate, _ in found], "tok/s", note, context=context, bytes_per_step=work.bytes
-    )
-    yield subject.limits.hold(figure, work, rows=rows)
+    for count, rates in ((rows, [all_ for (all_, _), _ in found]), (1, [alone for _, (alone, _) in found])):
+        work = stepping(subject.config, subject.width, count, context)
+        name = f"{count} rows decoding" if count > 1 else "1 row decoding"
+        figure = bench.figure(name, rates, "tok/s", note, context=context, bytes_per_step=work.bytes)
+        yield subject.limits.hold(figure, work, rows=count)
+    gains = [all_ / alone for (all_, _), (alone, _) in found]
+    yield bench.figure(f"{rows} rows decoding to one", gains, "x", _between(gains))
+
+
+def _steps(driver: Driver, asks: Sequence[Ask], steps: int) -> tuple[float, float]:
+    """Ids in a second over so many steps of requests that all decode, and the tokens that each row holds on average."""
+    answers = [driver.ask(ask) for ask in asks]
+    driver.settle(answers)
+    before, begin = len(driver.loads), driver.clock()
+    ids = sum(len(answer.times) for answer in answers)
+    for _ in range(steps):
+        driver.step()
+    taken, loads = driver.clock() - begin, driver.loads[before:]
+    ids = sum(len(answer.times) for answer in answers) - ids
+    driver.cancel()
+    return ids / taken, statistics.mean(load.tokens for load in loads) / len(asks)
 
 
 def _arrivals(bench: _Bench, seconds: float) -> Iterator[Event]:
