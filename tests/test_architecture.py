@@ -45,7 +45,8 @@ FLOORS = [
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 INSTALLED = {"torch", "tiktoken", "safetensors", "huggingface_hub", "PIL", "numpy", "tqdm"}
-OPTIONAL = {"weights/hub": {"modelscope"}, "adapt/packed_triton": {"triton"}}  # by module
+TRITON = {"adapt/packed_triton": {"triton"}, "adapt/attend_triton": {"triton"}}  # by module
+OPTIONAL = {"weights/hub": {"modelscope"}, **TRITON}
 # What each folder may ask for beyond the floors: packages outside the standard library.
 PACKAGES = {"errors": set(), "config": set(), "model": {"torch"}, "text": {"tiktoken"}}
 MODEL_IMPORTS = {"model", "config", "errors"}
@@ -167,9 +168,9 @@ def test_every_public_name_is_there() -> None:
 def test_every_module_imports_by_itself() -> None:
     """In a fresh interpreter, whichever comes first: no import relies on another module's having run.
 
-    Triton comes with torch for CUDA; the one module that needs it is imported only where it is used.
+    Triton comes with torch for CUDA; the modules that need it are imported only where they are used.
     """
-    there = [module for module in MODULES if module != "adapt/packed_triton" or find_spec("triton")]
+    there = [module for module in MODULES if module not in TRITON or find_spec("triton")]
     names = [f"qwenvl.{module.replace('/', '.').removesuffix('.__init__')}" for module in there]
     names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = (

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapt.adapters import load_adapter
+from .adapt.attend import attend_faster
 from .adapt.fuse import fuse
 from .adapt.int4 import arrange, quantize_structure
 from .adapt.layers import LayerSplit, layer_counts
 from .adapt.layout import columns_first, read_for_few_rows
 from .adapt.packed_cpu import table_bytes
 from .adapt.ranks import Ranks, join, of_first, shared_errors
-from .adapt.split import split_attention
 from .config import GenerationConfig, QuantizationConfig, QwenVLConfig
 from .draw import FONT_FILE
 from .errors import ConfigError
@@ -148,7 +148,7 @@ def build(
     if device.type == "cuda":  # elsewhere, it would take the weights out of the mapped file
         fuse(model)
         torch.cuda.empty_cache()  # of the halves, which are too small for what is allocated next
-        split_attention(model)
+        attend_faster(model)
     arrange(model, quiet=quiet)
     return model.eval()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton_runs
 from packed_layers import CASES, Pretended, golden_layer, random_layer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,21 +23,10 @@ from qwenvl.weights.gptq import dequantize
 MODULE = "qwenvl.adapt.packed_triton"
 
 
-@pytest.mark.parametrize("where", [pytest.param("interpreter", marks=pytest.mark.slow), "GPU"])
+@pytest.mark.parametrize("where", triton_runs.WHERE)
 def test_the_kernels_themselves(where: str) -> None:
-    """They give the exact path's numbers: on goldens, on shapes of every form, and without touching what lies around.
-
-    In a process of its own, since Triton decides when it is imported whether it interprets.
-    """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: it comes with torch for CUDA")
-    if where == "GPU" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/adapt/interpreted_triton.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    """They give the exact path's numbers: on goldens, on shapes of every form, without touching what lies around."""
+    triton_runs.run("interpreted_triton.py", where)
 
 
 # --- what the kernels are handed, and what happens without them ------------------------------------------------------
