@@ -278,7 +278,7 @@ class Pipeline:
         prompt = raw_prompt(tokenizer, query, n_queries=self.config.visual.n_queries, numbered=numbered)
         ids = [tokenizer.encode(text) for text in texts(continuations, "continuations")]
         pictures = self._pictures(prompt, self.images)
-        if self.engine is not None:
+        if self.engine is not None and ids:
             request = self.engine.submit_score(prompt.ids, ids, [pixels for _, pixels in pictures])
             request.result()
             return request.scores

@@ -5,16 +5,16 @@
 
 A request waits for a row of the cache, has its prompt computed in chunks, and then gets one id in each step with all
 others. In a step, every request with a row goes on: those that decode by one id; those whose prompts are being computed
-in turn, a chunk to a step. So one that has a row, a prompt of T tokens with N pictures, and M ids to come, leaves it
-within B (T / chunk + N + 1) + M steps of an engine of B rows; and as rows are given in the order of arrival, the one
-that is number K in the queue has its row after at most K + 1 such spans. Nobody waits for ever.
+in turn, a chunk to a step. So one that has a row, a prompt of T tokens with N pictures, and M ids or continuations to
+come, leaves it within B (ceil(T / chunk) + N + 1) + M steps of an engine of B rows, or B times M for continuations; and
+as rows are given in the order of arrival, one with K others before it in the queue has its row after at most
+floor(K / B) + 1 such spans. Nobody waits for ever.
 
 Whoever wants ids drives: iterating over a request runs steps until there is one for it, in any number of threads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import threading
 from collections import deque
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..adapt.ranks import common_seed
 from ..config import QwenVLConfig
-from ..errors import PromptError
+from ..errors import CacheError, PromptError
 from ..image import image_hash
 from ..model.qwenvl import QwenVL
 from .prefix import signs
@@ -40,8 +40,7 @@ from .schedule import Scheduler
 # What is computed of prompts between two steps of those that decode, in multiplications and additions: so much that
 # a GPU is busy with it for some 15 ms, and a few cores for some 300 ms. And tokens: at least so many, for large
 # products to be worth it, and at most so many.
-CHUNK_OPERATIONS = {"cuda": 8e12}
-CPU_OPERATIONS = 4e10
+CHUNK_OPERATIONS = {"cuda": 8e12, "cpu": 4e10}
 LEAST_CHUNK, LARGEST_CHUNK = 64, 2048
 
 
@@ -67,11 +66,12 @@ class Engine:
         stop_ids: what ends an answer, unless a request says otherwise.
         n_vocab: ids from here up do not exist for the tokenizer and are never chosen.
         lookup: guess so many ids at a time from the text so far, and verify them in one step (see `lookup.py`). The
-            ids stay the same; it is faster where answers repeat their prompts, and slower where they do not.
+            ids stay the same; it can only be faster where answers repeat their prompts, and its steps are not captured.
 
     The cache is allocated here, 2 x layers x rows x max_length x hidden_size elements. Features of pictures are kept by
     the hash of their pixels, and what a request leaves in its row serves later prompts that begin alike (under the same
-    NTK alpha). If the weights change, both are forgotten when the next request is admitted. Raises CacheError.
+    NTK alpha). If the weights change, both are forgotten when the next request is admitted. Raises CacheError for
+    numbers that make no engine, or where there is no memory.
     """
 
     def __init__(
@@ -86,14 +86,24 @@ class Engine:
         lookup: int = 0,
     ) -> None:
         config = model.config
+        for name, value, least in (
+            ("rows", rows, 1),
+            ("max_length", max_length, 2),
+            ("chunk", chunk, 1),
+            ("lookup", lookup, 0),
+        ):
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise CacheError(f"an engine's {name} must be a whole number from {least} up, not {value!r}")
         length = min(max_length or config.seq_length, config.max_position_embeddings)
         self.model, self.stop_ids, self.n_vocab = model, tuple(stop_ids), n_vocab
         self._rows = Rows(allocate(model, fitting_rows(model, length) if rows is None else rows, length))
         self.device = self._rows.cache.keys.device
+        # Steps are in order on it, whichever thread drives.
+        self._stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self._waiting: deque[Request] = deque()
         self._scheduler = Scheduler(model, self._rows, chunk=chunk or _chunk_for(config, self.device), lookup=lookup)
         self._news = threading.Condition()
-        self._driven = False  # somebody is in `step`
+        self._driven, self._taken = False, 0  # somebody is in `step`; steps so far
 
     def submit(
         self,
@@ -168,37 +178,55 @@ class Engine:
         """
         with self._news:
             if self._driven:
-                self._news.wait_for(lambda: not self._driven)
+                taken = self._taken  # not until nobody drives: whoever does may go on before we are awake
+                self._news.wait_for(lambda: self._taken != taken)
                 return True
             self._driven = True
         try:
-            on_gpu = self.device.type == "cuda"
-            with torch.no_grad(), torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            with torch.no_grad(), torch.cuda.stream(self._stream):
                 return self._step()
         finally:
             with self._news:
                 self._driven = False
+                self._taken += 1
                 self._news.notify_all()
 
-    def _step(self) -> bool:
-        self._scheduler.release()  # those cancelled since
-        while self._rows.free and (request := self._next()) is not None:
-            self._scheduler.admit(request)
-        self._scheduler.step()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until there is something to do, at most so many seconds; whether there is. For a thread that does nothing but
+        `step`.
+        """
         with self._news:
-            self._waiting.extendleft(self._scheduler.put_back)
-            self._scheduler.put_back.clear()
-            return bool(self._rows.requests or self._waiting)
+            return self._news.wait_for(lambda: bool(self._rows.requests or self._waiting), timeout)
+
+    def _step(self) -> bool:
+        scheduler = self._scheduler
+        with self._news:
+            self._waiting = deque(request for request in self._waiting if request.finish_reason is None)
+        try:
+            scheduler.release()  # those cancelled since
+            while self._rows.free and (request := self._next()) is not None:
+                scheduler.admit(request)
+                with self._news:
+                    self._waiting.remove(request)
+            scheduler.step()
+        except BaseException as error:
+            scheduler.start_over(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._news:
+                back = [request for request in scheduler.put_back if request not in self._waiting]
+                self._waiting.extendleft(reversed(back))
+                scheduler.put_back.clear()
+        return bool(self._rows.requests or self._waiting)
 
     def _next(self) -> Request | None:
         """The one that has waited longest, if it can be computed now."""
+        active = self._rows.requests
         with self._news:
-            while self._waiting and self._waiting[0].finish_reason is not None:
-                self._waiting.popleft()
-            active = self._rows.requests
             if not self._waiting or (active and (active[0].alone or self._waiting[0].alone)):
                 return None
-            return self._waiting.popleft()
+            return self._waiting[0]
 
     def _enqueue(
         self,
@@ -210,7 +238,11 @@ class Engine:
         **more: Any,  # noqa: ANN401 - what a Request takes
     ) -> Request:
         prompt = self._checked(input_ids, "the prompt")
-        pictures = [(image_hash(picture), picture) for picture in (() if pixels is None else pixels)]
+        shown = [] if pixels is None else [picture.detach().clone() for picture in pixels]  # theirs may change
+        for picture in shown:
+            self.model.check_pixels(picture[None])
+        pictures = [(image_hash(picture), picture) for picture in shown]
+        self.model.find_spans(torch.tensor([prompt], device="cpu"), None)
         slots = self._rows.cache.max_length
         longest = len(prompt) + max((len(ids) - 1 for ids in continuations), default=1)
         if longest > slots:
@@ -233,11 +265,14 @@ class Engine:
         )
         with self._news:
             self._waiting.append(request)
+            self._news.notify_all()
         return request
 
     def _checked(self, given: Sequence[int] | Tensor, name: str) -> list[int]:
+        if isinstance(given, Tensor) and given.dim() == 2 and len(given) == 1:
+            given = given[0]
         try:
-            ids = [operator.index(id_) for id_ in (given.flatten() if isinstance(given, Tensor) else given)]
+            ids = [operator.index(id_) for id_ in given]
         except TypeError:
             raise PromptError(f"{name} must be whole numbers, not {given!r:.80}") from None
         if not ids or not all(0 <= id_ < self.model.config.vocab_size for id_ in ids):
@@ -249,5 +284,5 @@ class Engine:
 def _chunk_for(config: QwenVLConfig, device: torch.device) -> int:
     """Tokens whose computation takes about as long as others may be kept waiting."""
     weights = config.num_hidden_layers * config.hidden_size * (4 * config.hidden_size + 3 * config.mlp_width)
-    operations = CHUNK_OPERATIONS.get(device.type, CPU_OPERATIONS)
+    operations = CHUNK_OPERATIONS.get(device.type, CHUNK_OPERATIONS["cpu"])
     return min(max(int(operations / (2 * weights)) // LEAST_CHUNK * LEAST_CHUNK, LEAST_CHUNK), LARGEST_CHUNK)

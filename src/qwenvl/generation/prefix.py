@@ -33,7 +33,10 @@ def signs(ids: Sequence[int], hashes: Sequence[str], config: QwenVLConfig) -> Si
             "shorten it, drop a picture, or lower max_window_size"
         )
     made = np.array(ids, dtype=np.int64)
-    starts = np.flatnonzero(made == config.visual.image_start_id).tolist()
+    starts: list[int] = []
+    for at in np.flatnonzero(made == config.visual.image_start_id).tolist():
+        if not starts or at > starts[-1] + config.visual.n_queries:  # ids inside a span do not matter
+            starts.append(at)
     if len(starts) != len(hashes):
         raise PromptError(f"the prompt has {len(starts)} image spans but {len(hashes)} images were given")
     for at, hash_ in zip(starts, hashes, strict=True):
@@ -58,4 +61,5 @@ def weights_stamp(model: QwenVL) -> Stamp:
     """Something that changes when a weight is replaced, written to, moved or cast, or the model's mode is."""
     weights = (*model.parameters(), *model.buffers())
     versions = (0 if weight.is_inference() else weight._version for weight in weights)
-    return (model.training, *((id(w), v, w.dtype, w.device) for w, v in zip(weights, versions, strict=True)))
+    facts = ((id(w), w.data_ptr(), v, w.dtype, w.device) for w, v in zip(weights, versions, strict=True))
+    return (model.training, *facts)

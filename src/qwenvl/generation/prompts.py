@@ -5,6 +5,7 @@ Prompts   the features of pictures, and the next piece of a request's prompt or 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,8 +18,9 @@ from .decode import score
 from .prefix import reusable
 from .request import Request
 from .rows import Rows
+from .sampling import no_choice
 
-FEATURES_KEPT = 64  # pictures whose features are kept; 2 MB each in the real model
+FEATURES_KEPT = 64  # pictures whose features are kept beside those that are needed; 2 MB each in the real model
 WORTH_WAITING = 32  # tokens that a prompt need not compute if it waits for another's
 
 
@@ -104,8 +106,9 @@ class Prompts:
         for hash_, _ in self._shown(request):
             self._features.move_to_end(hash_)
             features.append(self._features[hash_])
-        while len(self._features) > max(FEATURES_KEPT, len(features)):
-            self._features.popitem(last=False)
+        shown = {hash_ for other in self.rows.requests if other.embeddings is None for hash_, _ in other.pictures}
+        for hash_ in [hash_ for hash_ in self._features if hash_ not in shown][: len(self._features) - FEATURES_KEPT]:
+            del self._features[hash_]
         parts = []
         if prompt := request.prompt[request.done :]:
             stacked = torch.stack(features) if features else None
@@ -141,5 +144,8 @@ class Prompts:
         """Compute how likely the next continuation is."""
         assert request.logits is not None
         ids = request.continuations[len(request.scores)]
-        request.scores += score(self.model, self.rows.view(request.row), request.logits, [ids])
+        (found,) = score(self.model, self.rows.view(request.row), request.logits, [ids])
+        if not all(map(math.isfinite, found)):
+            raise no_choice(0)
+        request.scores.append(found)
         return len(ids)

@@ -6,6 +6,7 @@ choose    the next id of each of several requests, by their own options
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Literal
 
@@ -73,10 +74,12 @@ class Request(Iterator[int]):
         self.embedded = 0
         self.logits: Tensor | None = None  # [1,V] behind the prompt
         self.generator = row_generators(seed, 1, device)[0] if options.do_sample else None
+        self._drawn = deque([self._state()])  # of the generator behind the last id that was read, and each chosen since
         self._text: Tensor | None = None
         if options.repetition_penalty != 1 or options.no_repeat_ngram_size:
-            self._text = torch.zeros(1, len(prompt) + limit, dtype=torch.int64, device=device)
-            self._text[0, : len(prompt)] = torch.tensor(self.prompt)
+            with torch.inference_mode(False):  # it is written to later, also where that mode is not on
+                self._text = torch.zeros(1, len(prompt) + limit, dtype=torch.int64, device=device)
+                self._text[0, : len(prompt)] = torch.tensor(self.prompt)
         self._drive, self._read = drive, 0
 
     def __iter__(self) -> Request:
@@ -110,7 +113,19 @@ class Request(Iterator[int]):
         """Forget what was computed, but not what was said: that is part of the prompt now. To be computed alone."""
         self.signs = np.concatenate((self.signs[: len(self.prompt)], np.array(self.ids, np.int64)))
         self.embeddings = self.logits = None
-        self.chosen, self.alone = len(self.ids), True
+        self.chosen, self.alone, self.row = len(self.ids), True, -1
+        while len(self._drawn) > 1:
+            self._drawn.pop()
+        self.draw_again()
+
+    def draw_again(self) -> None:
+        """Take back what was drawn for an id that has not been counted."""
+        state = self._drawn[-1]
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state)
+
+    def _state(self) -> Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
 
     @property
     def losses(self) -> list[float]:
@@ -134,7 +149,7 @@ class Request(Iterator[int]):
     def history(self) -> Tensor:
         """The text so far [1,T], for what looks back at it; else nothing of it, [1,0]."""
         if self._text is None:
-            return torch.zeros(1, 0, dtype=torch.int64)
+            return torch.zeros(1, 0, dtype=torch.int64, device="cpu")
         return self._text[:, : len(self.prompt) + self.chosen]
 
     def count(self, id_: Tensor) -> None:
@@ -142,6 +157,14 @@ class Request(Iterator[int]):
         if self._text is not None and self.chosen < self.limit:
             self._text[0, len(self.prompt) + self.chosen] = id_.clamp(min=0)
         self.chosen += 1
+        self._drawn.append(self._state())
+
+    def take(self, id_: int, log_probability: float | None) -> None:
+        """Note that it has been read."""
+        if self.with_log_probabilities and log_probability is not None:
+            self.log_probabilities.append(log_probability)
+        self._drawn.popleft()
+        self.ids.append(id_)
 
 
 def choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -166,6 +189,4 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
             scores = warp(scores, first.options)
             generators = [generator for row in rows if (generator := requests[row].generator) is not None]
         ids.update(zip(rows, sample(scores, generators), strict=True))
-    for row, request in enumerate(requests):
-        request.count(ids[row])
     return torch.stack([ids[row] for row in range(len(requests))])

@@ -36,6 +36,7 @@ class Rows:
         self._texts = np.zeros((cache.batch, cache.max_length + 1), np.int64)  # the signs of what the rows hold
         self._known = np.zeros(cache.batch, np.int64)  # tokens of each row that are computed and noted in `_texts`
         self._left = np.zeros(cache.batch, np.int64)  # when it was left, by counting
+        self._current = np.zeros(cache.batch, bool)  # computed by the weights that there are now
         self._departures = 0
 
     @property
@@ -64,7 +65,7 @@ class Rows:
                 self.view(row).copy_from(self.view(source), kept)
         request.row, request.done, request.reused = row, kept, kept
         self._texts[row, : len(wanted)] = wanted
-        self._known[row] = kept
+        self._known[row], self._current[row] = kept, True
         self.requests.append(request)
         self.view(row).declare([len(request.prompt)])
 
@@ -109,29 +110,42 @@ class Rows:
     def leave(self, request: Request, *, erase: bool) -> None:
         """Free a request's row, which keeps what is known of its text; nothing if it is to be erased."""
         if request.row < self.decoding:
+            self._swap(request.row, self.decoding - 1)
             self.decoding -= 1
-            self._swap(request.row, self.decoding)
         self._swap(request.row, len(self.requests) - 1)
         self.requests.pop()
         row, request.row = request.row, -1
         self._departures += 1
         self._left[row] = self._departures
-        if erase:
+        if erase or not self._current[row]:
             self.view(row).erase()
             self._known[row] = self._left[row] = 0
         else:
-            self.view(row).rewind([int(self._known[row])], prompt_lengths=[len(request.prompt)])
+            known, cache = int(self._known[row]), self.view(row)
+            for layer in (*cache.keys, *cache.values) if cache.host_lengths[0] > known else ():
+                layer[:, :, known : int(cache.host_lengths[0])] = 0  # nobody has seen whether these are numbers
+            cache.rewind([known], prompt_lengths=[len(request.prompt)])
 
     def forget(self) -> None:
-        """Drop what the free rows hold."""
+        """Use nothing again of what has been computed until now."""
+        self._current[:] = False
         for row in range(len(self.requests), self.cache.batch):
             self.view(row).rewind([0])
             self._known[row] = self._left[row] = 0
 
+    def clear(self) -> list[Request]:
+        """Drop everything; return whom the rows belonged to."""
+        requests, self.requests, self.decoding = self.requests, [], 0
+        self.cache.erase()
+        self._known[:] = self._left[:] = 0
+        return requests
+
     def _longest(self, wanted: Signs, prompt_length: int) -> tuple[int, int]:
         """The row that holds most of a prompt's beginning, under the NTK alpha that the prompt has, and how much."""
         kept = [
-            reusable(self._texts[row, :known], wanted) if known and self.cache.fits(row, prompt_length) else 0
+            reusable(self._texts[row, :known], wanted)
+            if known and self._current[row] and self.cache.fits(row, prompt_length)
+            else 0
             for row, known in enumerate(self._known.tolist())
         ]
         source = int(np.argmax(kept))
@@ -143,7 +157,7 @@ class Rows:
             return
         self.cache.reorder([b, a], places=[a, b])
         self.next_ids[[a, b]] = self.next_ids[[b, a]]
-        for state in (self._texts, self._known, self._left):
+        for state in (self._texts, self._known, self._left, self._current):
             state[[a, b]] = state[[b, a]]
         if max(a, b) < len(self.requests):
             for row, request in ((b, self.requests[a]), (a, self.requests[b])):

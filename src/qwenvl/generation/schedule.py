@@ -40,12 +40,14 @@ class Scheduler:
         self._unread: deque[tuple[Chosen, list[Request]]] = deque()
         self._steppers: dict[int, Stepper] = {}
         self._stamp: Stamp = ()
+        self._said = -1  # ids that the requests had when everything was last computed anew
 
     def admit(self, request: Request) -> None:
         """Give a request a free row."""
         if self._stamp != (stamp := weights_stamp(self.model)):
             self.rows.forget()
             self._prompts.forget()
+            self._steppers.clear()  # what they have captured reads the weights that were
             self._stamp = stamp
         self.rows.take(request)
         self._turns.append(request)
@@ -63,13 +65,32 @@ class Scheduler:
         if not self.rows.decoding:  # what was computed beyond the ends of the last is nobody's
             self._read()
 
+    def start_over(self, error: BaseException) -> None:
+        """A step has been interrupted, or failed where no request can be named: compute everything anew.
+
+        Should it fail again before anything has come of that, it is every request's error.
+        """
+        said = sum(len(request.ids) for request in self.rows.requests)
+        hopeless = isinstance(error, Exception) and self._said == said
+        self._said = said
+        self._turns.clear()
+        self._unread.clear()
+        for request in self.rows.clear():
+            if hopeless:
+                self._finish(request, "error", error if isinstance(error, Exception) else None)
+            if request.finish_reason is None and request not in self.put_back:
+                request.start_over()
+                self.put_back.append(request)
+
     def release(self) -> None:
         """Free the rows of those that have ended."""
         for request in [request for request in self.rows.requests if request.finish_reason is not None]:
             if request in self._turns:
                 self._turns.remove(request)
             request.embeddings = request.logits = None
-            self.rows.leave(request, erase=request.error is not None)
+            request.pictures = ()
+            # Before the first id, nobody has seen whether what was computed are numbers.
+            self.rows.leave(request, erase=request.error is not None or not (request.ids or request.scores))
 
     def _compute_prompts(self) -> None:
         """Spend the step's tokens on prompts. Behind the first, only on those that can be ended with what is left."""
@@ -181,17 +202,25 @@ class Scheduler:
 
     def _choose(self, requests: list[Request], logits: Tensor) -> None:
         """The next ids of requests behind logits [B,V]: on the device for the next step, and on their way here."""
-        ids = choose(logits, requests)
-        wanted = any(request.with_log_probabilities for request in requests)
-        self._unread.append((Chosen(ids, log_probabilities(logits, ids.clamp(min=0)) if wanted else None), requests))
-        for request, id_ in zip(requests, ids.clamp(min=0), strict=True):
-            self.rows.next_ids[request.row] = id_
+        try:
+            ids = choose(logits, requests)
+            wanted = any(request.with_log_probabilities for request in requests)
+            likely = log_probabilities(logits, ids.clamp(min=0)) if wanted else None
+        except BaseException:
+            for request in requests:
+                request.draw_again()
+            raise
+        for request, id_, known in zip(requests, ids, ids.clamp(min=0), strict=True):
+            request.count(id_)
+            self.rows.next_ids[request.row] = known
+        self._unread.append((Chosen(ids, likely), requests))
 
     def _read(self, *, but: int = 0) -> None:
         """Hand out the ids that were chosen, but for the latest so many times."""
         while len(self._unread) > but:
-            chosen, requests = self._unread.popleft()
+            chosen, requests = self._unread[0]
             ids, likely = chosen.read()
+            self._unread.popleft()
             for row, request in enumerate(requests):
                 if request.finish_reason is None:
                     self._hand_out(request, ids[row], None if likely is None else likely[row])
@@ -200,9 +229,7 @@ class Scheduler:
         if id_ == NO_ID:
             self._finish(request, "error", no_choice(0))
             return
-        if request.with_log_probabilities and likely is not None:
-            request.log_probabilities.append(likely)
-        request.ids.append(id_)
+        request.take(id_, likely)
         self.rows.note(request)
         try:
             stopped = id_ in request.stop_ids or (request.should_stop is not None and request.should_stop(id_))

@@ -14,12 +14,13 @@ from .request import Request
 
 
 class TextStream(Iterator[str]):
-    """The deltas of a text. `text` is what has come so far.
+    """The deltas of a text. `text` is what has come so far; `request` is the engine's, if one computes it.
 
     Stop whenever you like: `close` it then, which an engine must be told.
     """
 
     def __init__(self, ids: Generator[int] | Request, reply: ReplyStream, stop_ids: Sequence[int]) -> None:
+        self.request = ids if isinstance(ids, Request) else None
         self._end = ids.cancel if isinstance(ids, Request) else ids.close
         self._deltas = _deltas(ids, reply, stop_ids)
         self.text = ""
@@ -55,6 +56,11 @@ class ChatStream(Iterator[str]):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def request(self) -> Request | None:
+        """The engine's, if one computes the reply: what was used again, why it ended, how many ids."""
+        return self._stream.request
 
     @property
     def reply(self) -> str:

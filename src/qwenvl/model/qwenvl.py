@@ -58,7 +58,7 @@ class QwenVL(nn.Module):
 
         Raises PromptError if the pixels have another shape.
         """
-        self._check_pixels(pixels)
+        self.check_pixels(pixels)
         return self.resampler(self.visual(pixels.to(self.visual.conv1.weight)))
 
     def embed(
@@ -169,8 +169,8 @@ class QwenVL(nn.Module):
         if pixels is not None and image_features is not None:
             raise PromptError("give pixels or image_features, not both")
         if pixels is not None:
-            self._check_pixels(pixels)
-        spans = [] if input_ids is None else self._find_spans(input_ids, real)
+            self.check_pixels(pixels)
+        spans = [] if input_ids is None else self.find_spans(input_ids, real)
         images = pixels if image_features is None else image_features
         if len(spans) != (0 if images is None else len(images)):
             count = 0 if images is None else len(images)
@@ -185,12 +185,13 @@ class QwenVL(nn.Module):
         columns = start[:, 1:] + torch.arange(n_queries, device=embeddings.device)  # [N,Q]
         return embeddings.index_put((start[:, :1], columns), features)
 
-    def _check_pixels(self, pixels: Tensor) -> None:
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raise PromptError unless they are [N,3,S,S]."""
         size = self.config.visual.image_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
             raise PromptError(f"pixels must be [N,3,{size},{size}], not {list(pixels.shape)}")
 
-    def _find_spans(self, input_ids: Tensor, real: Tensor | None) -> list[tuple[int, int]]:
+    def find_spans(self, input_ids: Tensor, real: Tensor | None) -> list[tuple[int, int]]:
         """Row and first inner column of every image span, in reading order. Ids inside a span do not matter."""
         config = self.config.visual
         starts = input_ids == config.image_start_id
