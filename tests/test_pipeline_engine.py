@@ -117,3 +117,15 @@ def test_a_prompt_that_does_not_fit_is_refused(many: Pipeline) -> None:
     """The engine's rows are shorter than the model's positions: the line says which limit it is."""
     with one_line_error(PromptError, "512", "max_length"):
         many.generate("the dog " * 300)
+
+
+def test_a_long_conversation_goes_on(alone: Pipeline, many: Pipeline) -> None:
+    """A row is shorter than the checkpoint's window of history: the oldest turns are left out, with room to answer."""
+    history: list[qwenvl.Turn] = []
+    for number in range(30):
+        _, history = many.chat(f"what is in this box {number}", history, max_new_tokens=20, do_sample=False)
+    assert len(history) == 30
+    assert many.engine is not None
+    short = alone.chat("the dog", history, max_new_tokens=5, do_sample=False, max_window_size=300)
+    assert many.chat("the dog", history, max_new_tokens=5, do_sample=False, max_window_size=300) == short
+    assert many.score("the dog", []) == alone.score("the dog", []) == []

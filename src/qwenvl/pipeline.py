@@ -6,6 +6,7 @@ Pipeline   chat, chat_stream, generate, generate_stream, generate_ids, score, gr
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -122,7 +123,8 @@ class Pipeline:
             system: the system message of ChatML, by default the reference's.
             numbered: write `Picture k:` before the query's pictures, as the reference's list format does.
             stop: texts that end the reply (and are not part of it).
-            max_window_size: tokens of system message and history; older turns are left out. Default: the checkpoint's.
+            max_window_size: tokens of system message and history; older turns are left out. Default: the checkpoint's,
+                or what a row of the engine has room for.
             images: a store for pictures given as objects, which the history refers to by name; default `self.images`.
             options: any field of `SamplingOptions`, in place of what the checkpoint's generation_config.json says.
 
@@ -141,14 +143,18 @@ class Pipeline:
                 raise PromptError("this checkpoint's chat_format is raw: it has no system message")
             prompt = raw_prompt(tokenizer, parts, n_queries=n_queries)
         else:
-            prompt = chatml_prompt(
+            window = max_window_size or self.generation_config.max_window_size
+            ask = partial(
+                chatml_prompt,
                 tokenizer,
                 parts,
-                turns,
                 system=DEFAULT_SYSTEM if system is None else system,
-                max_window_size=max_window_size or self.generation_config.max_window_size,
                 n_queries=n_queries,
             )
+            if self.engine is not None and turns:  # a row is shorter than the model's positions: room for the answer
+                answer = min(self._options(options).max_new_tokens, self.engine.max_length // 4)
+                window = max(min(window, self.engine.max_length - len(ask().ids) - answer), 1)
+            prompt = ask(turns, max_window_size=window)
         ends = (*stop_strings(chat_format), *texts(stop))
         session, self._session = self._session or Session(), None  # taken out: a reply begun meanwhile has its own
         ids = self._ids(prompt, store, session, ends, self._options(options))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from support import Golden, one_line_error, random_model, small_config
 from torch import Tensor
 
 from qwenvl.errors import CacheError, ConfigError, PromptError
-from qwenvl.generation.engine import Engine
+from qwenvl.generation import prompts
+from qwenvl.generation.engine import Engine, _chunk_for
+from qwenvl.generation.request import Request
 from qwenvl.generation.sampling import SamplingOptions
 from qwenvl.model.qwenvl import QwenVL
 from qwenvl.pipeline import Pipeline
+from qwenvl.training.memory import QWEN_VL
 
 SPAN = [60, 62, 62, 62, 62, 61]
 
@@ -170,6 +175,44 @@ def test_threads_drive_together(model: QwenVL) -> None:
     assert len(answers) == len(requests)
 
 
+@pytest.mark.usefixtures("way")
+def test_every_reader_sees_ids_as_they_come(model: QwenVL) -> None:
+    """Whoever does not drive is woken after every step: threads once saw all of their ids at the very end."""
+    engine = Engine(model, rows=4)
+    requests = [engine.submit(some_ids(9, seed), max_new_tokens=25, stop_ids=()) for seed in range(4)]
+    behind: list[int] = []
+
+    def read(request: Request) -> None:
+        for number, _ in enumerate(request, 1):
+            behind.append(len(request.ids) - number)
+            time.sleep(0.002)  # the others' turn to drive
+
+    threads = [threading.Thread(target=read, args=(request,), daemon=True) for request in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(behind) == 100
+    assert sum(behind) / len(behind) < 8  # of 25
+
+
+def test_neighbours_in_one_step_keep_their_options(model: QwenVL) -> None:
+    """Requests that differ in one option alone are chosen apart: the other's top_p or stop ids would show."""
+    prompt = some_ids(9)
+    alone = asked(model, prompt, new_tokens=6).alone
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"do_sample": True, "seed": 1, "top_p": 1.0}, {"do_sample": True, "seed": 1, "top_p": 0.1}),
+        ({"do_sample": True, "seed": 1, "top_k": 0}, {"do_sample": True, "seed": 1, "top_k": 1}),
+        ({"min_new_tokens": 4, "stop_ids": alone[:1]}, {"min_new_tokens": 4, "stop_ids": [63]}),
+    ]
+    for pair in pairs:
+        together = Engine(model, rows=2)
+        answers = [together.submit(prompt, max_new_tokens=6, **options) for options in pair]
+        expected = [Engine(model, rows=1).submit(prompt, max_new_tokens=6, **options).result() for options in pair]
+        assert [answer.result() for answer in answers] == expected
+        assert expected[0] != expected[1]
+
+
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,8 +294,15 @@ def test_what_cannot_be_answered_is_refused_at_once(model: QwenVL) -> None:
         engine.submit(np.array(some_ids(29)), max_new_tokens=5).result()
         == asked(model, some_ids(29), new_tokens=1).alone
     )
-    with one_line_error(CacheError, "0 x"):
-        Engine(model, rows=0)
+    for name, value in {"rows": 0, "max_length": 1, "chunk": -5, "lookup": "a"}.items():
+        with one_line_error(CacheError, name, value):
+            Engine(model, **{name: value})  # type: ignore[arg-type]
+    with one_line_error(PromptError, "3 ids wide"):
+        engine.submit([*SPAN[:3], *SPAN[4:], 5, 6, 7, 8], picture())
+    with one_line_error(PromptError, "pixels must be"):
+        engine.submit([*SPAN, 5], torch.randn(1, 3, 14, 14))
+    with one_line_error(PromptError, "whole numbers"):
+        engine.submit(torch.ones(2, 3, dtype=torch.int64))
 
 
 # --- what has been computed is used again ---------------------------------------------------------------------------
@@ -328,6 +378,52 @@ def test_equal_prompts_at_once_are_computed_once(model: QwenVL, columns: list[in
         assert answer.result() == asked(model, prompt, new_tokens=3, do_sample=True, seed=seed).alone
     assert [answer.reused for answer in answers] == [0, 59, 59, 59]
     assert sum(columns[: columns.index(1)]) == 60
+
+
+def test_many_pictures_are_encoded_once(model: QwenVL, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pictures on their way than are kept: none is dropped before it is used, and later ones drop them."""
+    monkeypatch.setattr(prompts, "FEATURES_KEPT", 3)
+    engine = Engine(model, rows=4, chunk=4)
+    shown = [torch.cat([picture(10 * row + n) for n in range(4)]) for row in range(4)]
+    text = [id_ for _ in range(4) for id_ in (*SPAN, 7)]
+    answers = [engine.submit([row + 1, *text], pixels, max_new_tokens=2) for row, pixels in enumerate(shown)]
+    for answer in answers:
+        assert len(answer.result()) == 2
+        assert answer.pictures == ()
+    assert sum(encoded) == 16
+    assert len(engine._scheduler._prompts._features) <= 4
+    assert answers[3].ids == asked(model, [4, *text], shown[3], 2).alone
+
+
+def test_a_buffer_may_be_filled_again(model: QwenVL) -> None:
+    """Pixels are read when they are encoded, which is later: a caller's own buffer may hold another picture by then."""
+    engine = Engine(model, rows=2)
+    buffer, expected = picture(0), asked(model, [*SPAN, *some_ids(5)], picture(0), 8).alone
+    answer = engine.submit([*SPAN, *some_ids(5)], buffer, max_new_tokens=8)
+    buffer.copy_(picture(1))
+    assert answer.result() == expected
+
+
+@pytest.mark.usefixtures("way")
+def test_weights_that_change_under_a_request() -> None:
+    """What a request that is going on computed with the old weights serves nobody, neither now nor when it has ended;
+    and steps that were captured over them are not replayed for others.
+    """
+    model = random_model(small_config(), seed=4).requires_grad_(False)
+    engine = Engine(model, rows=2)
+    base = some_ids(30)
+    going = engine.submit(base, max_new_tokens=12)
+    for _ in range(4):
+        engine.step()
+    steppers = list(engine._scheduler._steppers.values())
+    model.decoder.blocks[0].attn.c_attn.weight.mul_(-1)
+    beside = engine.submit([*base[:29], 7], max_new_tokens=8)
+    assert beside.result() == asked(model, [*base[:29], 7], new_tokens=8).alone
+    going.result()
+    after = engine.submit([*base, 7], max_new_tokens=8)
+    assert after.result() == asked(model, [*base, 7], new_tokens=8).alone
+    assert not beside.reused
+    assert not set(steppers) & set(engine._scheduler._steppers.values())
 
 
 def test_a_picture_is_encoded_once(model: QwenVL, encoded: list[int]) -> None:
@@ -457,6 +553,21 @@ def test_defaults(model: QwenVL) -> None:
     assert stopping.submit(some_ids(9), max_new_tokens=6, stop_ids=()).result() == alone
 
 
+def test_the_default_chunk_grows_with_the_device() -> None:
+    """About 15 ms of a GPU and 300 of a CPU: 576 tokens of the published model there, all of a small prompt here."""
+    assert _chunk_for(QWEN_VL, torch.device("cuda")) == 576
+    assert _chunk_for(QWEN_VL, torch.device("cpu")) == 64
+    assert _chunk_for(small_config(), torch.device("cpu")) == 2048
+
+
+def test_a_thread_that_only_steps_can_wait(model: QwenVL) -> None:
+    """It sleeps until something is submitted, and is told that there was nothing when its time is up."""
+    engine = Engine(model, rows=1)
+    assert not engine.wait(0.01)
+    threading.Timer(0.05, lambda: engine.submit(some_ids(9), max_new_tokens=1)).start()
+    assert engine.wait(30)
+
+
 def test_load_tells_what_is_in_use(model: QwenVL) -> None:
     """Those with a row, those without, and the tokens held: what a server reports."""
     engine = Engine(model, rows=1)
@@ -464,3 +575,7 @@ def test_load_tells_what_is_in_use(model: QwenVL) -> None:
     assert (engine.load.active, engine.load.waiting, engine.load.rows) == (0, 2, 1)
     next(first)
     assert (engine.load.active, engine.load.waiting, engine.load.tokens) == (1, 1, 9)
+    for _ in range(5):
+        engine.submit(some_ids(3)).cancel()
+    engine.step()
+    assert engine.load.waiting == 1  # who has hung up does not wait

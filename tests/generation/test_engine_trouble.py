@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,14 @@ from schedules import asked
 from support import one_line_error, random_model, small_config
 from torch import Tensor
 
-from qwenvl.errors import CacheError, PromptError, QwenVLError
+from qwenvl.errors import CacheError, QwenVLError
+from qwenvl.generation import request as request_module
+from qwenvl.generation import schedule
+from qwenvl.generation.decode import Chosen
 from qwenvl.generation.engine import Engine
+from qwenvl.generation.rows import Rows
+from qwenvl.generation.sampling import warp
+from qwenvl.model.cache import KVCache
 from qwenvl.model.qwenvl import QwenVL
 
 SPAN = [60, 62, 62, 62, 62, 61]
@@ -69,19 +76,32 @@ def test_numbers_that_are_none_stay_with_their_request(model: QwenVL) -> None:
     assert again.result() == asked(model, [*some_ids(20, 1), 7], new_tokens=12).alone
 
 
-def test_a_span_that_is_none_stays_with_its_request(model: QwenVL) -> None:
-    """A prompt whose span is too short is found out when it is computed, in a batch with others, and ends alone."""
-    engine = Engine(model, rows=4)
-    pixels = torch.randn(1, 3, 28, 28)
-    good = [engine.submit([*SPAN, *some_ids(5, seed)], pixels, max_new_tokens=5) for seed in range(3)]
-    bad = engine.submit([*SPAN[:3], *SPAN[4:], 5, 6, 7, 8], pixels, max_new_tokens=5)
-    with one_line_error(PromptError, "3 ids wide"):
-        bad.result()
-    for seed, answer in enumerate(good):
-        assert answer.result() == asked(model, [*SPAN, *some_ids(5, seed)], pixels, 5).alone
-    wrong_size = engine.submit([*SPAN, 5], torch.randn(1, 3, 14, 14))
-    with one_line_error(PromptError, "pixels must be"):
-        wrong_size.result()
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("end", ["scored", "continued", "cancelled", "cancelled in a step"])
+def test_numbers_that_are_none_and_nobody_saw(model: QwenVL, end: str) -> None:
+    """NaN that no id was chosen from, as it was scored or cancelled, is not left for the row's next owner either."""
+    model.decoder.wte.weight[POISON] = torch.nan
+    model.decoder.lm_head.weight[POISON] = 0
+    engine = Engine(model, rows=2, chunk=64, max_length=128)
+    bad = [*some_ids(40, 1), POISON, *some_ids(20, 2)]
+    for _ in range(2):  # both rows
+        if end in ("scored", "continued"):
+            with one_line_error(QwenVLError, "no next id"):
+                engine.score(bad if end == "scored" else some_ids(40, 1), [[POISON, 4, 5]])
+    sick = (
+        [engine.submit([seed, *bad[:40]], max_new_tokens=20) for seed in (1, 2)] if end.startswith("cancelled") else []
+    )
+    for request in sick:
+        if end == "cancelled":
+            request.signs[-1] = POISON
+            request.prompt[-1] = POISON
+    for _ in range(4 if end == "cancelled in a step" else 1):
+        engine.step()
+    for request in sick:
+        request.cancel()
+    requests = [asked(model, some_ids(9 + 50 * seed, seed), new_tokens=12) for seed in range(2)]
+    answers = [one.submit(engine) for one in requests]
+    assert [answer.result() for answer in answers] == [one.alone for one in requests]
 
 
 @pytest.mark.parametrize("phase", ["prompt", "step"])
@@ -186,12 +206,83 @@ def test_too_large_alone_says_what_would_fit(model: QwenVL, monkeypatch: pytest.
     assert len(engine.submit(some_ids(20), max_new_tokens=3).result()) == 3
 
 
-def test_an_interrupted_step_loses_nothing(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in whoever drives leaves the engine to the others: nobody waits for a driver that is gone."""
-    engine = Engine(model, rows=2)
-    request = engine.submit(some_ids(9), max_new_tokens=4)
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("where", ["forward", "step", "choose", "read", "hand out", "swap"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_interrupted_step_loses_nothing(
+    model: QwenVL, where: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C anywhere in a step, or memory that runs out where no request can be named: whoever goes on driving gets
+    what would have come, drawn ids too; nobody waits for a driver that is gone.
+    """
+    requests = [
+        asked(model, some_ids(9 + 5 * seed, seed), new_tokens=4 + 3 * seed, do_sample=seed > 0, seed=seed)
+        for seed in range(4)
+    ]
+    place: tuple[object, str] = {
+        "forward": (model.decoder.blocks[1], "forward"),
+        "step": (model.decoder.ln_f, "forward"),
+        "choose": (schedule, "choose"),
+        "read": (Chosen, "read"),
+        "hand out": (Rows, "note"),
+        "swap": (KVCache, "reorder"),
+    }[where]
+    plain = getattr(*place)
+    for at in (1, 2, 3, 5, 8):
+        calls = 0
+
+        def now_and_then(*given: object, at: int = at, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise kind
+            return plain(*given, **named)
+
+        engine = Engine(model, rows=3, chunk=16)
+        answers = [one.submit(engine) for one in requests]
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, now_and_then)
+            for _ in range(200):
+                try:
+                    if not engine.step():
+                        break
+                except KeyboardInterrupt:
+                    assert kind is KeyboardInterrupt
+        assert [answer.result() for answer in answers] == [one.alone for one in requests]
+        assert engine.load.active == engine.load.waiting == 0
+
+
+def test_what_fails_again_and_again_is_everyones_error(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried for ever: where computing anew does not help either, requests end with what went wrong."""
+    engine = Engine(model, rows=3)
+    answers = [engine.submit(some_ids(9, seed), max_new_tokens=4) for seed in range(3)]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
     with monkeypatch.context() as patch:
-        patch.setattr(engine._scheduler, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            next(request)
-    assert request.result() == asked(model, some_ids(9), new_tokens=4).alone
+        patch.setattr(Rows, "note", broken)
+        for answer in answers:
+            with pytest.raises(RuntimeError, match="broken"):
+                answer.result()
+    assert engine.submit(some_ids(9), max_new_tokens=4).result() == asked(model, some_ids(9), new_tokens=4).alone
+
+
+def test_a_failed_choice_is_not_drawn_twice(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose ids could not all be chosen is taken anew: what had been drawn for some was once drawn again."""
+    requests = [
+        asked(model, some_ids(9, seed), new_tokens=8, do_sample=True, seed=seed, top_k=seed) for seed in range(3)
+    ]
+    engine = Engine(model, rows=3)
+    answers = [one.submit(engine) for one in requests]
+    calls = 0
+
+    def fails(*given: Any, **named: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (5, 12):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return warp(*given, **named)
+
+    monkeypatch.setattr(request_module, "warp", fails)
+    assert [answer.result() for answer in answers] == [one.alone for one in requests]

@@ -165,6 +165,11 @@ class Engine:
         return request.losses
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a row, prompt and answer together."""
+        return self._rows.cache.max_length
+
+    @property
     def load(self) -> Load:
         """How much is in use now."""
         cache, active = self._rows.cache, len(self._rows.requests)
@@ -274,7 +279,8 @@ class Engine:
         try:
             ids = [operator.index(id_) for id_ in given]
         except TypeError:
-            raise PromptError(f"{name} must be whole numbers, not {given!r:.80}") from None
+            told = list(given.shape) if isinstance(given, Tensor) else repr(given)[:80]
+            raise PromptError(f"{name} must be one row of whole numbers, not {told}") from None
         if not ids or not all(0 <= id_ < self.model.config.vocab_size for id_ in ids):
             largest = self.model.config.vocab_size - 1
             raise PromptError(f"{name} must be at least one id from 0 to {largest}, the model's vocabulary")

@@ -109,11 +109,11 @@ class Request(Iterator[int]):
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
 
-    def start_over(self) -> None:
-        """Forget what was computed, but not what was said: that is part of the prompt now. To be computed alone."""
+    def start_over(self, *, alone: bool) -> None:
+        """Forget what was computed, but not what was said: that is part of the prompt now. `alone`: without others."""
         self.signs = np.concatenate((self.signs[: len(self.prompt)], np.array(self.ids, np.int64)))
         self.embeddings = self.logits = None
-        self.chosen, self.alone, self.row = len(self.ids), True, -1
+        self.chosen, self.alone, self.row = len(self.ids), alone, -1
         while len(self._drawn) > 1:
             self._drawn.pop()
         self.draw_again()

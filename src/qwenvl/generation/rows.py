@@ -96,11 +96,11 @@ class Rows:
         row.rewind([request.done], prompt_lengths=[len(request.prompt)])
         row.declare([len(request.prompt)])
 
-    def note(self, request: Request) -> None:
-        """The newest id of a request has been read; the one before it has been fed to the model, or nothing has."""
+    def note(self, request: Request, id_: int) -> None:
+        """A request's next id has been read; the ones before it have been fed to the model."""
         end = len(request.prompt) + len(request.ids)
-        self._texts[request.row, end - 1] = request.ids[-1]
-        self._known[request.row] = end - 1
+        self._texts[request.row, end] = id_
+        self._known[request.row] = end
 
     def start_decoding(self, request: Request) -> None:
         """Its prompt has been computed."""

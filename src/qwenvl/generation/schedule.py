@@ -79,7 +79,7 @@ class Scheduler:
             if hopeless:
                 self._finish(request, "error", error if isinstance(error, Exception) else None)
             if request.finish_reason is None and request not in self.put_back:
-                request.start_over()
+                request.start_over(alone=isinstance(error, Exception))
                 self.put_back.append(request)
 
     def release(self) -> None:
@@ -229,8 +229,8 @@ class Scheduler:
         if id_ == NO_ID:
             self._finish(request, "error", no_choice(0))
             return
+        self.rows.note(request, id_)
         request.take(id_, likely)
-        self.rows.note(request)
         try:
             stopped = id_ in request.stop_ids or (request.should_stop is not None and request.should_stop(id_))
         except Exception as error:
@@ -261,7 +261,7 @@ class Scheduler:
             if request in self._turns:
                 self._turns.remove(request)
             self.rows.leave(request, erase=False)
-            request.start_over()
+            request.start_over(alone=True)
             self.put_back.append(request)
 
     def _finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
