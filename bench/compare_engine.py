@@ -1,13 +1,14 @@
 """An engine on a CPU, on the mid-size random model of compare_eager.py: many rows at once, and a chat that goes on.
 
-    python bench/compare_engine.py            # five minutes on two CPU cores
+    python bench/compare_engine.py            # ten minutes on two CPU cores
     python bench/compare_engine.py --quick    # one round after the warm-up
     python bench/compare_engine.py --only second-round
     python bench/compare_engine.py --save     # also append the JSON line to bench/results/compare_engine.jsonl
 
 Parts of `qwenvl bench --engine`, which has the embedded model there: its steps are mostly Python, this one's mostly
-arithmetic. 8 rows that decode, and one; the second round of a chat with a picture, reused and anew. Both ways in one
-process and in turn. The last line is JSON.
+arithmetic. The second round of a chat with a picture, reused and anew; 8 rows that decode, and one; 8 requests at a
+mean context of 256 and with 64 new ids, at once and one at a time. Both ways in one process and in turn. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from qwenvl.bench.report import Report, append
 from qwenvl.bench.roofline import Limits
 from qwenvl.bench.subject import Subject
 
-PARTS = ("steady", "second-round")
+PARTS = ("second-round", "steady", "throughput")
 RESULTS = Path(__file__).parent / "results" / "compare_engine.jsonl"
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round after the warm-up")
     parser.add_argument("--save", action="store_true", help="append the line to bench/results/compare_engine.jsonl")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="of the two parts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="of the three parts")
     given = parser.parse_args()
     rounds, seconds = (1, 300) if given.quick else (5, 900)
     plan = replace(FULL, seconds=seconds, parts=tuple(given.only), context=256, answer=64, rounds=rounds)

@@ -121,7 +121,7 @@ class _Bench:
 
 
 def _throughput(bench: _Bench, seconds: float) -> Iterator[Event]:
-    """All requests at once, and the first of them one at a time: through the same engine."""
+    """All requests at once, and the first of them one at a time: through engines that differ in their rows alone."""
     end, rows, asks = bench.subject.device.clock() + seconds, bench.rows, bench.mixed(0)
     many, one = bench.driver(end, bench.slots), bench.driver(end, bench.slots, rows=1)
 

@@ -1,11 +1,11 @@
-"""The one decoding loop: a prompt's logits in, new ids out, step by step.
+"""The decoding loop of one text or a batch: a prompt's logits in, new ids out, step by step.
 
     prefill          a prompt through the model and into its cache; the logits that follow it
     decode           a generator of new ids, for every row of a batch at once
     search           beam search over the same cache
     score            how likely given continuations of a prompt are
 
-Blocking and streaming, chat and batch all run on these.
+Blocking and streaming, chat and batch all run on these; many requests that come and go, on `engine.py`.
 """
 
 from __future__ import annotations
