@@ -207,7 +207,7 @@ def test_too_large_alone_says_what_would_fit(model: QwenVL, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("where", ["forward", "step", "choose", "read", "hand out", "swap"])
+@pytest.mark.parametrize("where", ["forward", "step", "choose", "read", "hand out", "finish", "swap"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_interrupted_step_loses_nothing(
     model: QwenVL, where: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -225,6 +225,7 @@ def test_an_interrupted_step_loses_nothing(
         "choose": (schedule, "choose"),
         "read": (Chosen, "read"),
         "hand out": (Rows, "note"),
+        "finish": (schedule.Scheduler, "_finish"),
         "swap": (KVCache, "reorder"),
     }[where]
     plain = getattr(*place)
@@ -265,6 +266,20 @@ def test_what_fails_again_and_again_is_everyones_error(model: QwenVL, monkeypatc
         for answer in answers:
             with pytest.raises(RuntimeError, match="broken"):
                 answer.result()
+    assert engine.submit(some_ids(9), max_new_tokens=4).result() == asked(model, some_ids(9), new_tokens=4).alone
+
+
+def test_a_row_that_cannot_be_given_is_an_error(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cannot be admitted is told so, instead of waiting for ever."""
+    engine = Engine(model, rows=2)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "take", broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            engine.submit(some_ids(9)).result()
     assert engine.submit(some_ids(9), max_new_tokens=4).result() == asked(model, some_ids(9), new_tokens=4).alone
 
 

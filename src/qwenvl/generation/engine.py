@@ -215,7 +215,7 @@ class Engine:
                     self._waiting.remove(request)
             scheduler.step()
         except BaseException as error:
-            scheduler.start_over(error)
+            scheduler.start_over(error, self._waiting[0] if self._waiting else None)
             if not isinstance(error, Exception):
                 raise
         finally:

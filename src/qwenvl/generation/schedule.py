@@ -65,19 +65,23 @@ class Scheduler:
         if not self.rows.decoding:  # what was computed beyond the ends of the last is nobody's
             self._read()
 
-    def start_over(self, error: BaseException) -> None:
+    def start_over(self, error: BaseException, first: Request | None) -> None:
         """A step has been interrupted, or failed where no request can be named: compute everything anew.
 
-        Should it fail again before anything has come of that, it is every request's error.
+        Should it fail again before anything has come of that, it is the error of all, or where nobody has a row, of the
+        `first` in the queue.
         """
-        said = sum(len(request.ids) for request in self.rows.requests)
+        requests = self.rows.clear()
+        said = sum(len(request.ids) for request in requests)
         hopeless = isinstance(error, Exception) and self._said == said
         self._said = said
         self._turns.clear()
         self._unread.clear()
-        for request in self.rows.clear():
-            if hopeless:
-                self._finish(request, "error", error if isinstance(error, Exception) else None)
+        for request in requests or ([first] if first is not None and hopeless else []):
+            if request.ids and (request.ids[-1] in request.stop_ids or len(request.ids) >= request.limit):
+                self._finish(request, "stop" if request.ids[-1] in request.stop_ids else "length")
+            elif isinstance(error, Exception) and hopeless:
+                self._finish(request, "error", error)
             if request.finish_reason is None and request not in self.put_back:
                 request.start_over(alone=isinstance(error, Exception))
                 self.put_back.append(request)
