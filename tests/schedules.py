@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Asked:
     pixels: Tensor | None = field(repr=False)
     options: SamplingOptions = field(repr=False)
     alone: list[int] = field(repr=False)
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        """For Hypothesis, which would print all numbers."""
+        printer.text(repr(self))
 
     def submit(self, engine: Engine) -> Request:
         """Put it into an engine's queue."""
