@@ -5,9 +5,9 @@
 
 A request waits for a row of the cache, has its prompt computed in chunks, and then gets one id in each step with all
 others. In a step, every request with a row goes on: those that decode by one id; those whose prompts are being computed
-in turn, a chunk to a step. So one that has a row, a prompt of T tokens with N pictures, and M ids or continuations to
-come, leaves it within B (ceil(T / chunk) + N + 1) + M + 1 steps of an engine of B rows, B times M for continuations; and
-as rows are given in the order of arrival, one with K others before it in the queue has its row after at most
+in turn, a chunk to a step. So one that has a row, a prompt of T tokens with N pictures, and M ids to come, leaves it
+within B (ceil(T / chunk) + N + 1) + M + 1 steps of an engine of B rows; for M continuations to score, these are B M. As
+rows are given in the order of arrival, one with K others before it in the queue has its row after at most
 floor(K / B) + 1 such spans. Nobody waits for ever.
 
 Whoever wants ids drives: iterating over a request runs steps until there is one for it, in any number of threads.
