@@ -176,16 +176,21 @@ def test_threads_drive_together(model: QwenVL) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_every_reader_sees_ids_as_they_come(model: QwenVL) -> None:
+def test_every_reader_sees_ids_as_they_come(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever does not drive is woken after every step: threads once saw all of their ids at the very end."""
     engine = Engine(model, rows=4)
     requests = [engine.submit(some_ids(9, seed), max_new_tokens=25, stop_ids=()) for seed in range(4)]
     behind: list[int] = []
+    step = engine._scheduler.step
+
+    def slowly() -> None:
+        time.sleep(0.004)  # the others' turn, as where a step takes long
+        step()
+
+    monkeypatch.setattr(engine._scheduler, "step", slowly)
 
     def read(request: Request) -> None:
-        for number, _ in enumerate(request, 1):
-            behind.append(len(request.ids) - number)
-            time.sleep(0.002)  # the others' turn to drive
+        behind.extend(len(request.ids) - number for number, _ in enumerate(request, 1))
 
     threads = [threading.Thread(target=read, args=(request,), daemon=True) for request in requests]
     for thread in threads:
@@ -193,7 +198,7 @@ def test_every_reader_sees_ids_as_they_come(model: QwenVL) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert len(behind) == 100
-    assert sum(behind) / len(behind) < 8  # of 25
+    assert sum(behind) / len(behind) < 3  # of 25
 
 
 def test_neighbours_in_one_step_keep_their_options(model: QwenVL) -> None:
