@@ -478,6 +478,24 @@ def test_a_long_prompt_does_not_hold_others_up(model: QwenVL) -> None:
     assert long.result() == asked(model, some_ids(200, 1), new_tokens=2).alone
 
 
+def test_what_is_left_of_a_chunk_is_for_whole_prompts(model: QwenVL, columns: list[int]) -> None:
+    """A few tokens of the next prompt would read all weights for little: it begins with the next step's chunk."""
+    engine = Engine(model, rows=3, chunk=10)
+    for number, tokens in enumerate((6, 8, 4)):
+        engine.submit(some_ids(tokens, number), max_new_tokens=3)
+    engine.step()
+    assert columns == [6]
+
+
+def test_a_stop_id_at_the_very_end_is_a_stop(model: QwenVL) -> None:
+    """The last id that was asked for is the stop id: the answer is complete, not cut off."""
+    alone = asked(model, some_ids(9), new_tokens=4).alone
+    end = alone.index(alone[3]) + 1
+    request = Engine(model, rows=1).submit(some_ids(9), max_new_tokens=end, stop_ids=alone[3:4])
+    assert request.result() == alone[:end]
+    assert request.finish_reason == "stop"
+
+
 def test_pictures_take_turns_too(model: QwenVL, encoded: list[int]) -> None:
     """Many pictures in one prompt are encoded a few to a step: a picture is as much work as its patches."""
     engine = Engine(model, rows=1, chunk=8)  # each has 4 patches
