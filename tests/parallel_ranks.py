@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +210,7 @@ def main(folder: Path) -> None:
         found["disagreements"] = disagreements(folder / names[0])
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, found)
+    time.sleep(dist.get_rank())  # ranks end at different times, and wait for one another to leave
     if dist.get_rank() == 0:
         (folder / "ranks.json").write_text(json.dumps(ranks))
 

@@ -18,7 +18,7 @@ import atexit
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -33,6 +33,7 @@ from ..errors import ConfigError, QwenVLError
 
 T = TypeVar("T")
 
+FAREWELL = timedelta(minutes=10)  # for a rank that has more to do at the end, such as writing a file
 PATIENCE = timedelta(days=7)  # of ranks that wait for the first one, as it waits for somebody to type
 _hosts: dist.ProcessGroup | None = None  # of the ranks as processes, by which they tell each other Python values
 
@@ -97,8 +98,12 @@ def join(device: torch.device) -> DeviceMesh:
 
 
 def _leave() -> None:
-    """Leave the group, unless an error ends this process: the others may still be waiting for it, and it for them."""
+    """Leave the group together with the others, whose connections would break under them. Not if an error ends this
+    process: they may still be waiting for it, and it for them.
+    """
     if dist.is_initialized() and not hasattr(sys, "last_type"):
+        with suppress(RuntimeError):  # of one that has ended all the same
+            dist.monitored_barrier(_hosts, timeout=FAREWELL)
         dist.destroy_process_group()
 
 
