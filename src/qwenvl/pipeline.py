@@ -136,30 +136,43 @@ class Pipeline:
         store = self.images if images is None else images
         turns = () if history is None else history
         parts = [stored(part, store, self.policy) for part in parts_of(query, numbered)]
-        chat_format = self.generation_config.chat_format
-        n_queries = self.config.visual.n_queries
-        if chat_format == "raw":
-            if system is not None:
-                raise PromptError("this checkpoint's chat_format is raw: it has no system message")
-            prompt = raw_prompt(tokenizer, parts, n_queries=n_queries)
-        else:
-            window = max_window_size or self.generation_config.max_window_size
-            ask = partial(
-                chatml_prompt,
-                tokenizer,
-                parts,
-                system=DEFAULT_SYSTEM if system is None else system,
-                n_queries=n_queries,
-            )
-            if self.engine is not None and turns:  # a row is shorter than the model's positions: room for the answer
-                answer = min(self._options(options).max_new_tokens, self.engine.max_length // 4)
-                window = max(min(window, self.engine.max_length - len(ask().ids) - answer), 1)
-            prompt = ask(turns, max_window_size=window)
-        ends = (*stop_strings(chat_format), *texts(stop))
+        chosen = self._options(options)
+        prompt = self.chat_prompt(
+            parts, turns, system=system, max_window_size=max_window_size, max_new_tokens=chosen.max_new_tokens
+        )
+        ends = (*stop_strings(self.generation_config.chat_format), *texts(stop))
         session, self._session = self._session or Session(), None  # taken out: a reply begun meanwhile has its own
-        ids = self._ids(prompt, store, session, ends, self._options(options))
+        ids = self._ids(prompt, store, session, ends, chosen)
         stream = TextStream(ids, ReplyStream(tokenizer, ends), self._stop_ids())
         return ChatStream(stream, list(turns), parts, keep=lambda: self.keep(session))
+
+    def chat_prompt(
+        self,
+        query: Query,
+        history: Sequence[Turn] = (),
+        *,
+        system: str | None = None,
+        max_window_size: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
+        """The prompt that `chat_stream` answers: ids, and the pictures of their spans, not opened yet.
+
+        Turns that do not fit `max_window_size` are left out; with an engine, also those for which its rows have no
+        room beside an answer of `max_new_tokens`, or of a quarter of a row. Raises PromptError.
+        """
+        tokenizer, n_queries = self._require_tokenizer("chat"), self.config.visual.n_queries
+        if self.generation_config.chat_format == "raw":
+            if system is not None:
+                raise PromptError("this checkpoint's chat_format is raw: it has no system message")
+            return raw_prompt(tokenizer, query, n_queries=n_queries)
+        window = max_window_size or self.generation_config.max_window_size
+        ask = partial(
+            chatml_prompt, tokenizer, query, system=DEFAULT_SYSTEM if system is None else system, n_queries=n_queries
+        )
+        if self.engine is not None and history:  # a row is shorter than the model's positions: room for the answer
+            answer = min(self._options({"max_new_tokens": max_new_tokens}).max_new_tokens, self.engine.max_length // 4)
+            window = max(min(window, self.engine.max_length - len(ask().ids) - answer), 1)
+        return ask(history, max_window_size=window)
 
     def generate(
         self,

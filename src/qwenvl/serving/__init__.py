@@ -1,0 +1,1 @@
+"""Answers over the network: an OpenAI-compatible API and a web page."""

@@ -1,0 +1,219 @@
+"""An engine that answers strangers: so many at once, each in time, and nobody's trouble is another's.
+
+    Service   admits questions, has one thread compute, and tells those who wait that there is news
+
+Routes and the web page live on one event loop; preparing pictures and prompts takes its threads; computing has a
+thread of its own, whose steps wake those who wait for ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from asyncio import Future
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError, ImageError, PromptError
+from ..pictures import pixels_of
+from ..pipeline import Pipeline
+from ..text.tokenizer import VOCABULARY_FILE
+from .answers import Answer, Delta, Question
+from .metrics import Metrics
+from .refusals import RETRY, Refused, mistake, stopping, too_late
+from .settings import Settings
+
+PREPARING = max(os.cpu_count() or 1, 4)  # threads that open pictures and encode texts; some wait for the network
+_log = logging.getLogger(__name__)
+
+
+class Service:
+    """A pipeline's engine behind a door.
+
+    Attributes:
+        pipeline, settings, engine: what it was made of; pictures are read under the settings' policy.
+        name: what the model is called; never a path.
+        metrics: counts and times for Prometheus.
+        ready: it answers whoever asks; not before everything has been computed once, nor when it is stopping.
+        failure: what ended the thread that computes, if anything did.
+        finished, cut: answers that have ended since it was told to stop: at their ends, and before.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: Settings | None = None) -> None:
+        if pipeline.tokenizer is None:
+            raise ConfigError(f"{pipeline.name} has no {VOCABULARY_FILE}: a server needs its vocabulary")
+        self.pipeline, self.settings = pipeline, settings or Settings()
+        self.tokenizer = pipeline.tokenizer
+        folder = Path(pipeline.name)
+        self.name = self.settings.name or (folder.resolve().name if folder.is_dir() else pipeline.name)
+        self.engine = pipeline.start_engine(rows=self.settings.rows, max_length=self.settings.max_length)
+        self.metrics = Metrics(self)
+        self.ready = False
+        self.failure: BaseException | None = None
+        self.finished = self.cut = 0
+        self._stopping = self._closing = False
+        self._open: set[Answer] = set()
+        self._preparing = 0  # answers that have been admitted and not been given to the engine yet
+        self._news = asyncio.Event()  # of the next step
+        self._pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
+        self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop
+
+    # ---- its life
+
+    async def start(self) -> None:
+        """Begin to compute. Whoever waits for answers does so on the event loop that runs this."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        await self._loop.run_in_executor(self._pool, self._warm_up)
+        self.ready = not self._stopping
+
+    def refuse_more(self) -> None:
+        """Answer nobody new from now on; what runs goes on. For any thread, and for a signal's handler."""
+        self._stopping, self.ready = True, False
+
+    async def stop(self) -> None:
+        """Let what runs end, for as long as the settings' grace; cut what is left; give the threads back."""
+        self.refuse_more()
+        end = time.monotonic() + self.settings.grace
+        while self.busy and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        for answer in self._open:
+            answer.cut("stopped")
+        self._tell()
+        self._closing = True
+        await self._loop.run_in_executor(None, self._thread.join)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def busy(self) -> int:
+        """Answers that are being prepared, wait for a row, or are computed."""
+        return self._preparing + sum(answer.request.finish_reason is None for answer in self._open)
+
+    @property
+    def capacity(self) -> int:
+        """Answers that there may be at once."""
+        return self.engine.load.rows + self.settings.queue
+
+    # ---- answering
+
+    async def ask(self, make: Callable[[], Sequence[Question]], count: int = 1) -> list[Answer]:
+        """Have questions answered: `make` is called in a thread, and makes them, for `count` answers in all.
+
+        Read the answers by `deltas`, and close those that you do not read to their ends. Raises Refused: too much at
+        once (429), the server stops (503), it took too long (504), or what `make` has against the request (400).
+        """
+        self._admit(count)
+        begun, deadline = time.monotonic(), self._loop.time() + self.settings.timeout
+        future = self._loop.run_in_executor(self._pool, self._submit, make, begun, deadline)
+        wanted = [True]
+
+        def submitted(future: Future[list[Answer]]) -> None:
+            self._preparing -= count
+            if not future.cancelled() and future.exception() is None:
+                self._open.update(future.result())
+                for answer in () if wanted else future.result():
+                    answer.close()
+
+        future.add_done_callback(submitted)
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.shield(future)
+        except (PromptError, ImageError) as error:
+            raise mistake(error) from None
+        except TimeoutError:
+            raise too_late() from None
+        except asyncio.CancelledError:  # who asked has left
+            wanted.clear()
+            raise
+
+    def deltas(self, answer: Answer) -> AsyncIterator[Delta]:
+        """What comes of an answer, as it comes. Raises Refused."""
+        return answer.deltas(lambda: self._news)
+
+    def _admit(self, count: int) -> None:
+        if self.failure is not None:
+            raise Refused(503, "the model has stopped working: restart the server", code="unavailable")
+        if self._stopping:
+            raise stopping()
+        if count > self.settings.max_choices:
+            raise Refused(400, f"a request may ask for {self.settings.max_choices} answers, not {count}", param="n")
+        if self.busy + count > self.capacity:
+            raise Refused(429, "the server has as much to do as it takes: try again", code="queue_full", headers=RETRY)
+        self._preparing += count
+
+    def _submit(self, make: Callable[[], Sequence[Question]], begun: float, deadline: float) -> list[Answer]:
+        """In a thread: open the pictures, and give the questions to the engine."""
+        policy, size = self.settings.policy, self.pipeline.config.visual.image_size
+        answers: list[Answer] = []
+        try:
+            for question in make():
+                if len(question.prompt.images) > self.settings.max_images:
+                    raise PromptError(f"a request may show {self.settings.max_images} pictures in all")
+                if len(question.prompt.ids) >= self.engine.max_length:
+                    raise Refused(
+                        400,
+                        f"the model's context is {self.engine.max_length} tokens here, and the prompt alone takes "
+                        f"{len(question.prompt.ids)}: shorten it",
+                        code="context_length_exceeded",
+                    )
+                pixels = [found for _, found in pixels_of(question.prompt, question.images, size, policy)]
+                for number in range(question.n):
+                    answer = Answer(self.tokenizer, question, begun, deadline)
+                    answer.ask(self.engine, question, pixels, number)
+                    answers.append(answer)
+        except BaseException:
+            for answer in answers:
+                answer.close()
+            raise
+        return answers
+
+    # ---- computing
+
+    def _drive(self) -> None:
+        try:
+            while not self._closing:
+                if self.engine.wait(0.2):
+                    self.engine.step()
+                    self._loop.call_soon_threadsafe(self._tell)
+        except BaseException as error:
+            self.failure, self.ready = error, False
+            _log.exception("the thread that computes has ended")
+            self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        for answer in self._open:
+            answer.cut("stopped")
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake those who wait for ids, and forget the answers that have ended."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        for answer in [answer for answer in self._open if answer.request.finish_reason is not None]:
+            self._open.discard(answer)
+            self.metrics.ended(answer)
+            if self._stopping:
+                self.finished += answer.request.finish_reason in ("stop", "length")
+                self.cut += answer.cut_because == "stopped"
+            if (error := answer.request.error) is not None:
+                _log.error("an answer failed", exc_info=error)
+
+    def _warm_up(self) -> None:
+        """Compute everything once, that the first to ask need not wait for it: on a GPU, with every number of rows."""
+        visual, rows = self.pipeline.config.visual, self.engine.load.rows
+        start = visual.image_start_id
+        ids = [start, *[start + 2] * visual.n_queries, start + 1]
+        pixels = torch.zeros(1, 3, visual.image_size, visual.image_size)
+        if len(ids) + rows + 1 > self.engine.max_length:
+            ids, pixels = [0], pixels[:0]
+        count = rows if self.engine.device.type == "cuda" else 1
+        requests = [self.engine.submit(ids, pixels, max_new_tokens=2 + more, stop_ids=()) for more in range(count)]
+        for request in requests:
+            request.result()
