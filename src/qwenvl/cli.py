@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | bench | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | serve | bench | demo`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ from .bench import command as bench
 from .errors import ImageError, PromptError, QwenVLError, printable, told
 from .processes import as_rank, parallel_of
 from .quantization import command as quantization
+from .serving import command as serving
 from .training import command as training
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ EXAMPLES = {
 The destination is written as DESTINATION.partial and renamed when it is whole. If the run is stopped, run it again.""",
     "quantize": quantization.EPILOG,
     "train": training.EPILOG,
+    "serve": serving.EPILOG,
     "bench": bench.EPILOG,
     "demo": """example:
   qwenvl demo --out demo-out""",
@@ -167,6 +170,14 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", training.run, "Fine-tune on conversations about pictures: all weights, LoRA or QLoRA.")
     training.add_arguments(train)
+
+    server = command(
+        "serve",
+        partial(serving.run, load=_load),
+        "Answer over the network: an OpenAI-compatible API, and a page.",
+        _model,
+    )
+    serving.add_arguments(server)
 
     timing = command("bench", bench.run, "Measure speed and memory, beside what the device could do.")
     bench.add_arguments(timing)

@@ -208,16 +208,10 @@ class Pipeline:
         The reference's grounding prompt, `<img>..</img><ref>phrase</ref><box>`, greedy, up to 28 new tokens; `options`
         as in `generate`.
         """
-        if not phrase.strip():
-            raise PromptError("ground needs a phrase to find, such as 'the dog'")
         picture = open_image(image, self.policy)
-        asked: list[Part] = [{"image": picture}, {"ref": phrase, "box": None}]
         greedy = {"do_sample": False, "max_new_tokens": GROUNDING_TOKENS}
-        answer = self.generate(asked, numbered=False, **{**greedy, **options})
-        return [
-            Box(box.x1, box.y1, box.x2, box.y2, box.label or phrase)
-            for box in boxes_in(f"<box>{answer}", *picture.size)
-        ]
+        answer = self.generate(grounding_query(picture, phrase), numbered=False, **{**greedy, **options})
+        return grounded(answer, phrase, *picture.size)
 
     def draw(self, image: ImageSource, reply: str) -> Image.Image | None:
         """The picture with the boxes of `reply` drawn on it, or None if it has none."""
@@ -349,3 +343,16 @@ class Pipeline:
                 "file into the folder"
             )
         return self.tokenizer
+
+
+def grounding_query(image: ImageSource, phrase: str) -> list[Part]:
+    """What `ground` asks, to be written without `Picture k:`. Raises PromptError for an empty phrase."""
+    if not phrase.strip():
+        raise PromptError("ground needs a phrase to find, such as 'the dog'")
+    return [{"image": image}, {"ref": phrase, "box": None}]
+
+
+def grounded(answer: str, phrase: str, width: int, height: int) -> list[Box]:
+    """The boxes in what a model answered to that, in pixels of the picture."""
+    found = boxes_in(f"<box>{answer}", width, height)
+    return [Box(box.x1, box.y1, box.x2, box.y2, box.label or phrase) for box in found]

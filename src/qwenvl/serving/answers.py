@@ -7,10 +7,9 @@ Delta      the text that some new ids have made certain
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -48,16 +47,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Delta:
-    """The text that some new ids have made certain, maybe none, and where these stand among the answer's ids."""
+    """The text that some new ids of an answer have made certain, maybe none, and where these ids stand in it."""
 
+    index: int
     text: str
     ids: range
 
 
 class Answer:
-    """One of a question's answers. Close it if you do not read it to its end.
+    """One of a request's answers. Close it if you do not read it to its end.
 
     Attributes:
+        index: which of them.
         request: the engine's.
         text: what has been read so far.
         begun, first_at: when the question arrived and the first id came, by `time.monotonic`.
@@ -67,13 +68,12 @@ class Answer:
     request: Request
     first_at: float | None
 
-    def __init__(self, tokenizer: Tokenizer, question: Question, begun: float, deadline: float) -> None:
-        self.text, self.begun, self.first_at = "", begun, None
+    def __init__(self, index: int, tokenizer: Tokenizer, question: Question, begun: float) -> None:
+        self.index, self.text, self.begun, self.first_at = index, "", begun, None
         self.cut_because: Cut | None = None
         self._stream = ReplyStream(tokenizer, question.stop, strip=question.strip)
         self._arrived: deque[str] = deque()  # the text of each id that has not been read
         self._read = 0
-        self._deadline = deadline
 
     def ask(self, engine: Engine, question: Question, pixels: Sequence[Tensor], number: int) -> None:
         """Submit the question for the answer of this number, which draws with a seed of its own."""
@@ -89,31 +89,40 @@ class Answer:
             top_log_probabilities=question.top or 0,
         )
 
-    async def deltas(self, news: Callable[[], asyncio.Event]) -> AsyncIterator[Delta]:
-        """What comes, as it comes. `news` gives the event that the next step sets.
+    def arrival(self) -> Delta | None:
+        """What has come and has not been read yet."""
+        count = len(self._arrived)
+        if not count:
+            return None
+        text = "".join(self._arrived.popleft() for _ in range(count))
+        self.text += text
+        self._read += count
+        return Delta(self.index, text, range(self._read - count, self._read))
 
-        Raises Refused where it fails, takes too long, or the server stops.
+    def rest(self) -> Delta | None:
+        """What was held back, once the request has ended and all arrivals have been read.
+
+        Raises Refused if it did not end by itself.
         """
-        while True:
-            event = news()  # taken before we look: what comes later sets it
-            ended = self.request.finish_reason
-            if delta := self._arrival():
-                yield delta
-            elif ended is not None:
-                break
-            else:
-                try:
-                    async with asyncio.timeout_at(self._deadline):
-                        await event.wait()
-                except TimeoutError:
-                    self.cut("late")
-        if ended == "cancelled":
+        if self.request.finish_reason == "cancelled":
             raise stopping() if self.cut_because == "stopped" else too_late()
+        if isinstance(self.request.error, QwenVLError):
+            raise Refused(500, str(self.request.error), code="generation_failed")
         if self.request.error is not None:
-            raise _failure(self.request.error)
-        if rest := self._stream.flush():
-            self.text += rest
-            yield Delta(rest, range(self._read, self._read))
+            raise Refused(500, "the answer failed; the server's log says why", code="internal_error")
+        text = self._stream.flush()
+        self.text += text
+        return Delta(self.index, text, range(self._read, self._read)) if text else None
+
+    @property
+    def shown(self) -> range:
+        """Which of the request's ids are the answer's: all but the one that ended it."""
+        return range(self._read)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """Why it ended, if it ended well."""
+        return "length" if self.request.finish_reason == "length" else "stop"
 
     def close(self) -> None:
         """End it here. Its row of the cache is free from the engine's next step on."""
@@ -131,19 +140,3 @@ class Answer:
             self.first_at = time.monotonic()
         self._arrived.append(self._stream.push(id_))
         return self._stream.stopped
-
-    def _arrival(self) -> Delta | None:
-        count = len(self._arrived)
-        if not count:
-            return None
-        text = "".join(self._arrived.popleft() for _ in range(count))
-        self.text += text
-        self._read += count
-        return Delta(text, range(self._read - count, self._read))
-
-
-def _failure(error: Exception) -> Refused:
-    """What a client is told when an answer went wrong: of our own errors their line, of others nothing."""
-    if isinstance(error, QwenVLError):
-        return Refused(500, str(error), code="generation_failed")
-    return Refused(500, "the answer failed; the server's log says why", code="internal_error")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 
 from ..errors import QwenVLError, printable
 
@@ -44,6 +45,11 @@ class Refused(HTTPException):
     ) -> None:
         super().__init__(status, headers=dict(headers or {}))
         self.message, self.code, self.param = message, code, param
+
+    @property
+    def response(self) -> JSONResponse:
+        """What is sent."""
+        return JSONResponse(self.body, self.status_code, self.headers)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anyio
 import torch
 
 from ..errors import ConfigError, ImageError, PromptError
@@ -110,8 +111,7 @@ class Service:
         once (429), the server stops (503), it took too long (504), or what `make` has against the request (400).
         """
         self._admit(count)
-        begun, deadline = time.monotonic(), self._loop.time() + self.settings.timeout
-        future = self._loop.run_in_executor(self._pool, self._submit, make, begun, deadline)
+        future = self._loop.run_in_executor(self._pool, self._submit, make, time.monotonic())
         wanted = [True]
 
         def submitted(future: Future[list[Answer]]) -> None:
@@ -123,7 +123,7 @@ class Service:
 
         future.add_done_callback(submitted)
         try:
-            async with asyncio.timeout_at(deadline):
+            with anyio.fail_after(self.settings.timeout):
                 return await asyncio.shield(future)
         except (PromptError, ImageError) as error:
             raise mistake(error) from None
@@ -133,9 +133,27 @@ class Service:
             wanted.clear()
             raise
 
-    def deltas(self, answer: Answer) -> AsyncIterator[Delta]:
-        """What comes of an answer, as it comes. Raises Refused."""
-        return answer.deltas(lambda: self._news)
+    async def deltas(self, *answers: Answer) -> AsyncIterator[Delta]:
+        """What comes of answers, as it comes. Raises Refused where one fails, takes too long, or the server stops."""
+        going = list(answers)
+        while going:
+            news, came = self._news, False  # taken before we look: what comes later sets it
+            for answer in list(going):
+                ended = answer.request.finish_reason is not None
+                delta = answer.arrival()
+                if delta is None and ended:
+                    going.remove(answer)
+                    delta = answer.rest()
+                if delta is not None:
+                    came = True
+                    yield delta
+            if going and not came:
+                deadline = going[0].begun + self.settings.timeout
+                with anyio.move_on_after(max(deadline - time.monotonic(), 0)) as waiting:
+                    await news.wait()
+                if waiting.cancelled_caught:
+                    for answer in going:
+                        answer.cut("late")
 
     def _admit(self, count: int) -> None:
         if self.failure is not None:
@@ -148,7 +166,7 @@ class Service:
             raise Refused(429, "the server has as much to do as it takes: try again", code="queue_full", headers=RETRY)
         self._preparing += count
 
-    def _submit(self, make: Callable[[], Sequence[Question]], begun: float, deadline: float) -> list[Answer]:
+    def _submit(self, make: Callable[[], Sequence[Question]], begun: float) -> list[Answer]:
         """In a thread: open the pictures, and give the questions to the engine."""
         policy, size = self.settings.policy, self.pipeline.config.visual.image_size
         answers: list[Answer] = []
@@ -165,7 +183,7 @@ class Service:
                     )
                 pixels = [found for _, found in pixels_of(question.prompt, question.images, size, policy)]
                 for number in range(question.n):
-                    answer = Answer(self.tokenizer, question, begun, deadline)
+                    answer = Answer(len(answers), self.tokenizer, question, begun)
                     answer.ask(self.engine, question, pixels, number)
                     answers.append(answer)
         except BaseException:

@@ -1,0 +1,113 @@
+"""`qwenvl serve`: flags to a server.
+
+    add_arguments   the flags
+    EPILOG          examples
+    run             the command
+
+What it needs is imported when it begins, for the sake of `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+EPILOG = """examples:
+  qwenvl serve --web                                       # the embedded model's page, at http://127.0.0.1:8000
+  qwenvl serve --model Qwen/Qwen-VL-Chat --rows 32         # an OpenAI-compatible API
+  qwenvl serve --host 0.0.0.0 --api-keys keys.txt --cors-origin https://example.com --allow-domain images.example.com
+
+Ask it like any server of OpenAI's API; docs/serving.md has examples."""
+FLAGS = (
+    *("name", "rows", "max_length", "queue", "timeout", "grace"),
+    *("max_images", "max_image_pixels", "max_body_bytes"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; defaults are those of Settings."""
+    default = Settings()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
+    parser.add_argument("--web", action="store_true", help="a page to chat on, too")
+    parser.add_argument("--share", action="store_true", help="give the page a public address, by Gradio's tunnel")
+    parser.add_argument("--inbrowser", action="store_true", help="open the page in the browser")
+    group = parser.add_argument_group("who may use it")
+    group.add_argument("--api-keys", metavar="FILE", help="ask for one of the keys in this file, one a line")
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let its pages call the API"
+    )
+    group.add_argument(
+        "--allow-domain", action="append", default=[], metavar="HOST", help="fetch pictures from this host's URLs"
+    )
+    group = parser.add_argument_group("limits")
+    group.add_argument("--name", help="what the model is called (default: its own name)")
+    group.add_argument(
+        "--rows", type=int, help="answers that are computed at once (default: what memory allows, to 32)"
+    )
+    group.add_argument("--max-length", type=int, help="tokens of a prompt and its answer (default: the model's)")
+    for flag, kind, what in (
+        ("queue", int, "answers that may wait beside them"),
+        ("timeout", float, "seconds for an answer"),
+        ("grace", float, "seconds to end what runs, when told to stop"),
+        ("max-images", int, "pictures of a request"),
+        ("max-image-pixels", int, "width times height of a picture"),
+        ("max-body-bytes", int, "size of a request"),
+    ):
+        value = getattr(default, flag.replace("-", "_"))
+        group.add_argument(f"--{flag}", type=kind, default=value, help=f"{what} (default: %(default)s)")
+
+
+def run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipeline]) -> None:
+    """Load the model and serve it. The address and the settings are looked at before that takes long."""
+    settings = settings_of(given)
+    try:
+        import fastapi  # noqa: F401 - is it there?
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+
+        if given.web or given.share:
+            import gradio  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'qwenvl[serve]'") from None
+    from .server import listen, serve
+
+    with listen(given.host, given.port) as listening:
+        from .api import create_app
+        from .service import Service
+
+        service = Service(load(given), settings)
+        app = create_app(service)
+        if web := given.web or given.share or given.inbrowser:
+            from .web import mount_page
+
+            app = mount_page(app, service)
+        serve(app, service, listening, web=web, share=given.share, inbrowser=given.inbrowser)
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """The flags as Settings. Raises ConfigError."""
+    keys: list[str] = []
+    if given.api_keys is not None:
+        try:
+            keys = [
+                line.strip() for line in Path(given.api_keys).read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the API keys: {error}") from None
+        if not keys:
+            raise ConfigError(f"{given.api_keys} holds no API key: write one a line")
+    return Settings(
+        **{name: getattr(given, name) for name in FLAGS},
+        api_keys=tuple(keys),
+        cors_origins=tuple(given.cors_origin),
+        allowed_domains=tuple(given.allow_domain),
+    )
