@@ -122,17 +122,13 @@ def test_several_answers_draw_apart_and_repeat_with_the_seed(server: Running, cl
     assert streamed == together
 
 
-def test_stop_texts_end_an_answer(
-    server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_texts_end_an_answer(server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text before the first of them comes, streamed or not; the engine does not go on behind it."""
     seen = script(monkeypatch, server.service, "one two three four", "one two three four")
     whole = client.chat.completions.create(model=server.service.name, messages=CONVERSATION, stop=["three", "zzz"])
     assert whole.choices[0].message.content == "one two"
     assert whole.choices[0].finish_reason == "stop"
-    chunks = client.chat.completions.create(
-        model=server.service.name, messages=CONVERSATION, stop="three", stream=True
-    )
+    chunks = client.chat.completions.create(model=server.service.name, messages=CONVERSATION, stop="three", stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one two"
     assert all(request.finish_reason == "stop" for request in seen)
     assert all("four" not in server.service.tokenizer.decode(request.ids) for request in seen)
@@ -143,9 +139,7 @@ def test_log_probabilities(server: Running, client: openai.OpenAI, alone: Pipeli
     """Each token with its own log-probability and the likeliest ones, as the model scores them."""
     given = {"logprobs": True, "top_logprobs": 3, "max_tokens": 5}
     if stream:
-        chunks = client.chat.completions.create(
-            model=server.service.name, messages=CONVERSATION, stream=True, **given
-        )
+        chunks = client.chat.completions.create(model=server.service.name, messages=CONVERSATION, stream=True, **given)
         found = [info for c in chunks if c.choices[0].logprobs for info in c.choices[0].logprobs.content or ()]
     else:
         whole = client.chat.completions.create(model=server.service.name, messages=CONVERSATION, **given)
@@ -155,7 +149,9 @@ def test_log_probabilities(server: Running, client: openai.OpenAI, alone: Pipeli
     text = b"".join(bytes(info.bytes or ()) for info in found).decode(errors="replace")
     assert text.strip() == expected(alone)[: len(text.strip())]
     for info in found:
-        assert [top.logprob for top in info.top_logprobs] == sorted((t.logprob for t in info.top_logprobs), reverse=True)
+        assert [top.logprob for top in info.top_logprobs] == sorted(
+            (t.logprob for t in info.top_logprobs), reverse=True
+        )
         assert info.logprob == info.top_logprobs[0].logprob < 0  # greedy
         assert sum(math.exp(top.logprob) for top in info.top_logprobs) <= 1
 
@@ -232,9 +228,7 @@ def test_completions_go_on_with_texts_and_pictures(server: Running, client: open
     assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
 
 
-def test_grounding_finds_what_the_library_finds(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grounding_finds_what_the_library_finds(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes in pixels of the picture as it was sent, labelled with the phrase; none where none was said."""
     seen = script(monkeypatch, server.service, "(100,200),(500,1000)</box>", "nowhere")
     found = server.post("/v1/grounding", image=data_url(picture("red", (200, 50))), phrase="the dog").json()
@@ -312,9 +306,17 @@ def test_user_text_is_data(server: Running, monkeypatch: pytest.MonkeyPatch) -> 
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"tool_choice": "required"}, 400, "no tools"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "context"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]}, 400, "local files"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(RED)}}] * 5}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x.png"}}]}]},
+            400,
+            "local files",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(RED)}}] * 5}
+                ]
+            },
             400,
             "4 pictures",
         ),
