@@ -21,5 +21,5 @@ def pipeline(chat_folder: Path) -> Pipeline:
 def server(chat_folder: Path) -> Iterator[Running]:
     """A server that is left as it was found."""
     vl = qwenvl.load(chat_folder, device="cpu", dtype="float32", quiet=True)
-    with running(vl, Settings(rows=4, queue=8, max_images=4)) as found:
+    with running(vl, Settings(rows=4, queue=8, max_length=1024, max_images=4)) as found:
         yield found

@@ -50,7 +50,7 @@ def alone(chat_folder: Path) -> Pipeline:
 
 def expected(alone: Pipeline) -> str:
     """What the library says to CONVERSATION."""
-    turn = qwenvl.Turn(({"image": RED}, {"text": "what is it"}), "a <ref>thing</ref><box>(1,2),(3,4)</box>")
+    turn = qwenvl.Turn(({"image": data_url(RED)}, {"text": "what is it"}), "a <ref>thing</ref><box>(1,2),(3,4)</box>")
     reply, _ = alone.chat([{"text": "and this"}, {"image": BLUE}], [turn], system="Be brief.", max_new_tokens=12)
     return reply
 
@@ -164,7 +164,7 @@ CALL = 'Thought: look it up\nAction: weather\nAction Input: {"city": "Bern"}\nOb
 def test_a_tool_is_called_and_its_result_is_read(
     server: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    """The reference's ReAct form, as OpenAI's tool calls: the call comes out, and its result goes in before what is said."""
+    """The reference's ReAct form, as OpenAI's tool calls: the call comes out, its result goes in."""
     seen = script(monkeypatch, server.service, CALL, " I now know the final answer\nFinal Answer: Sunny.")
     question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Weather in Bern?"}]
     first = _message(client, server, question, stream)
@@ -184,7 +184,7 @@ def test_a_tool_is_called_and_its_result_is_read(
 
 def _message(client: openai.OpenAI, server: Running, messages: list, stream: bool) -> dict:
     """An answer's message, from whichever form it came in."""
-    given = {"model": server.service.name, "messages": messages, "tools": TOOLS}
+    given = {"model": server.service.name, "messages": messages, "tools": TOOLS, "max_tokens": 300}
     if not stream:
         choice = client.chat.completions.create(**given).choices[0]
         calls = [call.model_dump() for call in choice.message.tool_calls or ()]
@@ -342,9 +342,10 @@ def test_the_openapi_document_shows_the_errors(server: Running) -> None:
     assert "422" not in json.dumps(document)
 
 
-def test_a_base_checkpoint_does_not_chat(golden_base: Pipeline) -> None:
+def test_a_base_checkpoint_does_not_chat(pipeline: Pipeline) -> None:
     """It has no roles: the way to ask it is told."""
-    with running(golden_base) as server:
+    pipeline.generation_config = qwenvl.GenerationConfig(chat_format="raw")
+    with running(pipeline) as server:
         answer = server.chat()
         assert (answer.status_code, "/v1/completions" in answer.json()["error"]["message"]) == (400, True)
         assert server.post("/v1/completions", model=server.service.name, prompt="a", max_tokens=2).status_code == 200

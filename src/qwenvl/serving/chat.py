@@ -97,11 +97,8 @@ async def _events(
     if with_usage:
         head["usage"] = None
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: object) -> dict[str, Any]:
-        return {
-            **head,
-            "choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}],
-        }
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, known: object = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": known}]}
 
     for answer in answers:
         yield chunk(answer.index, {"role": "assistant", "content": ""})

@@ -66,8 +66,9 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         if self._keys and (scope["path"] + "/").startswith(PROTECTED + "/") and scope["method"] != "OPTIONS":
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            same = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]  # all: no early way out
+            kind, _, text = headers.get("authorization", "").partition(" ")
+            given = text.strip().encode("latin-1")  # as headers are decoded
+            same = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: no early way out
             if kind.lower() != "bearer" or not any(same):
                 raise Refused(
                     401,

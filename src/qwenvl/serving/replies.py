@@ -145,6 +145,7 @@ def token_infos(tokenizer: Tokenizer, answer: Answer, ids: range) -> list[TokenI
     infos = []
     for at in ids:
         top = request.top_log_probabilities[at] if request.top_log_probabilities else []
+        top = [pair for pair in top if pair[0] < tokenizer.n_vocab]  # the head is wider
         token = shown(request.ids[at], request.log_probabilities[at])
         infos.append(TokenInfo(**token.model_dump(), top_logprobs=[shown(*pair) for pair in top]))
     return infos
