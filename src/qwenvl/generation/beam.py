@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import SamplingOptions, is_number, is_whole
+from ..checks import is_number, is_whole
+from ..config import SamplingOptions
 from ..errors import ConfigError
 from .sampling import no_choice, process
 
