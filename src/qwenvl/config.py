@@ -273,6 +273,8 @@ class SamplingOptions:
     top_k                 keep the k most likely ids, and those tied with the k-th; 0 is off
     top_p                 keep the smallest set of ids whose probability reaches p, at least one; 1 is off
     repetition_penalty    weakens every id that the text holds already; 1 is off
+    frequency_penalty     taken off an id's score for each time that the new text holds it; from -2 to 2, 0 is off
+    presence_penalty      taken off once if the new text holds it at all; from -2 to 2, 0 is off
     no_repeat_ngram_size  no run of this many ids occurs twice, the prompt included; 0 is off
     min_new_tokens        stop ids are forbidden before this many new tokens
     max_new_tokens        the answer ends after this many new tokens
@@ -287,6 +289,8 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     max_new_tokens: int = 512
@@ -299,6 +303,9 @@ class SamplingOptions:
             is_number(self.top_p) and 0 <= self.top_p <= 1,
             f"top_p must be a number from 0 to 1 (1 is off), not {self.top_p!r}",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(is_number(value) and -2 <= value <= 2, f"{name} must be a number from -2 to 2, not {value!r}")
         for name, least in (("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0), ("max_new_tokens", 1)):
             value = getattr(self, name)
             require(is_whole(value) and value >= least, f"{name} must be a whole number from {least} up, not {value!r}")

@@ -95,7 +95,7 @@ def decode(
 
     Args:
         logits: [B,V], from `prefill`.
-        history: the prompts [B,T], for repetition penalty and n-grams; `history_mask` [B,T] is false on padding.
+        history: the prompts [B,T], for penalties and n-grams; `history_mask` [B,T] is false on padding.
         stop_ids: a row ends with the first of them (and it is yielded).
         should_stop: `should_stop(row, id)` ends a row after this id; how stop strings are found.
         n_vocab: ids from here up do not exist for the tokenizer and are never emitted.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .prefix import Signs
-from .sampling import SamplingOptions, process, row_generators, sample, warp
+from .sampling import SamplingOptions, looks_back, process, row_generators, sample, warp
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -76,7 +76,7 @@ class Request(Iterator[int]):
         self.generator = row_generators(seed, 1, device)[0] if options.do_sample else None
         self._drawn = deque([self._state()])  # of the generator behind the last id that was read, and each chosen since
         self._text: Tensor | None = None
-        if options.repetition_penalty != 1 or options.no_repeat_ngram_size:
+        if looks_back(options):
             with torch.inference_mode(False):  # it is written to later, also where that mode is not on
                 self._text = torch.zeros(1, len(prompt) + limit, dtype=torch.int64, device=device)
                 self._text[0, : len(prompt)] = torch.tensor(self.prompt)

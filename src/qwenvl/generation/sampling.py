@@ -1,14 +1,15 @@
 """From logits to the next id: one frozen set of options and pure functions, in the reference's order.
 
     SamplingOptions      what may be asked for, valid once it exists
-    process              repetition penalty, no-repeat n-grams, minimum new tokens, ids that must never be emitted
+    process              penalties, no-repeat n-grams, minimum new tokens, ids that must never be emitted
+    looks_back           whether that depends on the text so far
     warp                 temperature, top-k, top-p (only when sampling)
     sample               the most likely id, or one drawn at random with a generator per row
     row_generators       those generators, from one seed
     log_probabilities    how likely the model itself found an id
 
 Everything computes in float32, changes none of its arguments and never waits for the device.
-Letters: B batch, T tokens, V vocabulary.
+Letters: B batch, T tokens, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ def process(
     `history_mask` [B, T] is false on padding. Padding then counts neither as repeated nor as part of an n-gram, so that
     a row is what it would be alone (the reference counts it; without a mask so do we). `n_vocab` is the number of ids
     that the tokenizer has: those above are never emitted.
+
+    The reference has no frequency and presence penalty. They stand where all penalties are, before an id is forbidden
+    and before the temperature, as in vLLM.
     """
     scores = logits.float()
     if options.repetition_penalty != 1:
         scores = penalize_repetition(scores, history, options.repetition_penalty, history_mask)
+    if options.frequency_penalty or options.presence_penalty:
+        new_ids = history[:, history.shape[1] - n_generated :]
+        scores = penalize_presence(scores, new_ids, options.frequency_penalty, options.presence_penalty)
     if options.no_repeat_ngram_size:
         scores = forbid_repeated_ngrams(scores, history, options.no_repeat_ngram_size, history_mask)
     if n_generated < options.min_new_tokens:
@@ -58,6 +65,12 @@ def process(
     return forbid_unknown(scores, n_vocab)
 
 
+def looks_back(options: SamplingOptions) -> bool:
+    """Whether what `process` does depends on the ids of the text so far."""
+    penalties = options.repetition_penalty != 1 or options.frequency_penalty != 0 or options.presence_penalty != 0
+    return penalties or options.no_repeat_ngram_size > 0
+
+
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float, history_mask: Tensor | None = None) -> Tensor:
     """Make ids of `history` [B, T] less likely, each once: scores [B, V] -> [B, V] (CTRL, arXiv 1909.05858, 4.1).
 
@@ -65,6 +78,15 @@ def penalize_repetition(scores: Tensor, history: Tensor, penalty: float, history
     """
     seen = _among(history, history_mask, scores.shape[-1])
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def penalize_presence(scores: Tensor, new_ids: Tensor, frequency: float, presence: float) -> Tensor:
+    """Lower ids of `new_ids` [B, N] by `frequency` for each time, and by `presence` once: scores [B, V] -> [B, V].
+
+    As OpenAI's interface has it: the prompt's ids do not count, and what is negative raises.
+    """
+    counts = torch.zeros_like(scores).scatter_add_(1, new_ids, torch.ones_like(new_ids, dtype=scores.dtype))
+    return scores - frequency * counts - presence * (counts > 0)
 
 
 def forbid_repeated_ngrams(scores: Tensor, history: Tensor, size: int, history_mask: Tensor | None = None) -> Tensor:
