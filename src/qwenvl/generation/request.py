@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .prefix import Signs
-from .sampling import SamplingOptions, looks_back, process, row_generators, sample, warp
+from .sampling import SamplingOptions, Top, looks_back, process, row_generators, sample, warp
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -29,6 +29,9 @@ class Request(Iterator[int]):
     Attributes:
         ids: the new ids so far, the stop id included if there was one.
         log_probabilities: the model's own, one for each id, if they were asked for.
+        top_log_probabilities: for each id the likeliest in its place, and the model's own log-probabilities of these,
+            the likeliest first and of equals the lower id; as many as were asked for. Before any processor: an id that
+            the tokenizer does not have may be among them.
         scores: of each continuation the log-probability of every id, if it was made by `Engine.submit_score`.
         prompt: the prompt's ids.
         reused: how many of the prompt's tokens were taken from an earlier text.
@@ -52,11 +55,13 @@ class Request(Iterator[int]):
         should_stop: Callable[[int], bool] | None = None,
         n_vocab: int | None = None,
         with_log_probabilities: bool = False,
+        n_top: int = 0,
         continuations: Sequence[Sequence[int]] = (),
     ) -> None:
         self.prompt, self.options = list(prompt), options
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
+        self.top_log_probabilities: list[Top] = []
         self.scores: list[list[float]] = []
         self.reused = 0
         self.finish_reason: FinishReason | None = None
@@ -64,7 +69,7 @@ class Request(Iterator[int]):
         # What follows is the engine's.
         self.signs, self.pictures, self.continuations = signs, pictures, continuations
         self.stop_ids, self.should_stop, self.n_vocab = tuple(stop_ids), should_stop, n_vocab
-        self.with_log_probabilities = with_log_probabilities
+        self.with_log_probabilities, self.n_top = with_log_probabilities or n_top > 0, n_top
         self.limit = limit  # of new ids
         self.chosen = 0  # new ids that have been chosen, of which the last may not have been read yet
         self.alone = False  # to be computed without others, since with them the device ran out of memory
@@ -114,6 +119,8 @@ class Request(Iterator[int]):
         self.signs = np.concatenate((self.signs[: len(self.prompt)], np.array(self.ids, np.int64)))
         self.embeddings = self.logits = None
         self.chosen, self.alone, self.row = len(self.ids), alone, -1
+        for told in (self.log_probabilities, self.top_log_probabilities):
+            del told[len(self.ids) :]  # of an id that an interruption kept from being read
         while len(self._drawn) > 1:
             self._drawn.pop()
         self.draw_again()
@@ -159,10 +166,12 @@ class Request(Iterator[int]):
         self.chosen += 1
         self._drawn.append(self._state())
 
-    def take(self, id_: int, log_probability: float | None) -> None:
+    def take(self, id_: int, log_probability: float | None, top: Top) -> None:
         """Note that it has been read."""
         if self.with_log_probabilities and log_probability is not None:
             self.log_probabilities.append(log_probability)
+        if self.n_top:
+            self.top_log_probabilities.append(top[: self.n_top])
         self._drawn.popleft()
         self.ids.append(id_)
 

@@ -7,6 +7,7 @@
     sample               the most likely id, or one drawn at random with a generator per row
     row_generators       those generators, from one seed
     log_probabilities    how likely the model itself found an id
+    top_log_probabilities   which ids it found likeliest, and how likely
 
 Everything computes in float32, changes none of its arguments and never waits for the device.
 Letters: B batch, T tokens, N new tokens, V vocabulary.
@@ -24,6 +25,7 @@ from ..config import SamplingOptions as SamplingOptions
 from ..errors import QwenVLError
 
 NO_ID = -1  # what `sample` returns for a row in which no id can be chosen
+Top = list[tuple[int, float]]  # ids and their log-probabilities, the likeliest first
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -47,8 +49,7 @@ def process(
     a row is what it would be alone (the reference counts it; without a mask so do we). `n_vocab` is the number of ids
     that the tokenizer has: those above are never emitted.
 
-    The reference has no frequency and presence penalty. They stand where all penalties are, before an id is forbidden
-    and before the temperature, as in vLLM.
+    The reference has no frequency and presence penalty: they come right behind the repetition penalty, as in vLLM.
     """
     scores = logits.float()
     if options.repetition_penalty != 1:
@@ -207,3 +208,18 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of `ids` [...] under the model itself, before any processor: logits [..., V] -> float32 [...]."""
     logits = logits.float()
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def top_log_probabilities(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k ids that the model itself found likeliest, and their log-probabilities, the likeliest first.
+
+    logits [B, V] -> ids [B, k] and float32 [B, k]; all V of them if k is more. Of equals, the lower id comes first.
+    """
+    logits = logits.float()
+    bits = (logits + 0.0).view(torch.int32).long()  # the sum makes 0 of -0, which is equal and has other bits
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # whole numbers in the order of the floats
+    # `topk` leaves open which of equals it takes, and logits of 16 bits have many: with the id behind it, no rank is
+    # equal to another. A stable sort would say the same, and take several times as long.
+    ranks = (ranks << 32) - torch.arange(logits.shape[-1], device=logits.device)
+    ids = ranks.topk(min(k, logits.shape[-1])).indices
+    return ids, logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
