@@ -1,7 +1,9 @@
-"""What an engine tells beside the ids: how likely they and the others were."""
+"""What an engine tells beside the ids: how likely they and the others were, and how much it has done."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError, astuple
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from qwenvl.errors import PromptError
 from qwenvl.generation import schedule
-from qwenvl.generation.engine import Engine
+from qwenvl.generation.engine import Engine, Totals
 from qwenvl.generation.request import Request
 from qwenvl.generation.sampling import sample, top_log_probabilities
 from qwenvl.model.qwenvl import QwenVL
@@ -126,6 +128,7 @@ def test_a_text_that_repeats_itself(model: QwenVL) -> None:
     engine = Engine(model, rows=2, lookup=5, max_length=128)
     answer = engine.submit(prompt, max_new_tokens=12, top_log_probabilities=4)
     assert answer.result() == monologue.alone[44:]
+    assert engine.totals.steps < 12
     check(model, answer, 4)
 
 
@@ -202,3 +205,76 @@ def test_as_many_as_there_may_be(model: QwenVL, k: Any) -> None:
     with one_line_error(PromptError, "top_log_probabilities", "0 to 20", repr(k)):
         engine.submit(some_ids(9), top_log_probabilities=k)
     assert not engine.step()
+
+
+# --- what has been done ---------------------------------------------------------------------------------------------
+
+
+def test_totals_are_those_of_the_requests(model: QwenVL) -> None:
+    """Tokens of prompts, what of them was there already, new ids, and steps; and they cannot be written to."""
+    engine = Engine(model, rows=2, chunk=16)
+    assert engine.totals == Totals(0, 0, 0, 0)
+    first = [*some_ids(5), *SPAN, *some_ids(9, 1)]
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    reply = engine.submit(first, pixels, max_new_tokens=4).result()
+    assert engine.totals == Totals(20, 0, 4, 5)  # the prompt took two steps, the second of which gave the first id
+    assert not engine.step()
+    assert engine.totals.steps == 5  # there was nothing to do
+    second = [*first, *reply, *some_ids(6, 2)]
+    answers = [engine.submit(second, pixels, max_new_tokens=3), engine.submit(some_ids(9, 3), max_new_tokens=5)]
+    unheard = engine.submit(some_ids(9, 4), max_new_tokens=5)
+    unheard.cancel()
+    seen = [engine.totals]
+    while engine.step():
+        seen.append(engine.totals)
+    assert engine.totals == Totals(20 + 30 + 9, 23, 4 + 3 + 5, 10)
+    assert [answer.reused for answer in answers] == [23, 0]
+    for before, after in pairwise(seen):
+        assert all(a <= b for a, b in zip(astuple(before), astuple(after), strict=True))
+    with pytest.raises(FrozenInstanceError):
+        engine.totals.steps = 0  # type: ignore[misc]
+
+
+def test_totals_of_equal_prompts_and_of_scores(model: QwenVL) -> None:
+    """What a prompt takes over from one that is computed beside it is reused as well; continuations do not count."""
+    engine = Engine(model, rows=4, chunk=512)
+    answers = [engine.submit(some_ids(60), max_new_tokens=3, do_sample=True, seed=seed) for seed in range(4)]
+    for answer in answers:
+        answer.result()
+    assert astuple(engine.totals)[:3] == (240, 3 * 59, 12)
+    engine.score(some_ids(60), [[4, 5, 6], [7]])
+    assert astuple(engine.totals)[:3] == (300, 4 * 59, 12)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_prompt_counts_once(
+    model: QwenVL, at: int, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is computed: in the middle of it, or behind what had been said. And what a text then has back
+    of its own was not reused: the count once went beyond the prompt.
+    """
+    engine = Engine(model, rows=3, chunk=8)
+    requests = [asked(model, some_ids(20 + seed, seed), new_tokens=6) for seed in range(3)]
+    answers = [one.submit(engine) for one in requests]
+    forward, calls = model.decoder.ln_f.forward, 0
+
+    def fails(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise failure("CUDA out of memory")
+        return forward(x)
+
+    monkeypatch.setattr(model.decoder.ln_f, "forward", fails)
+    more = True
+    while more:
+        try:
+            more = engine.step()
+        except KeyboardInterrupt:
+            assert failure is KeyboardInterrupt
+    assert calls > at
+    assert [answer.result() for answer in answers] == [one.alone for one in requests]
+    assert [answer.reused for answer in answers] == [0, 0, 0]
+    assert astuple(engine.totals)[:3] == (20 + 21 + 22, 0, 18)

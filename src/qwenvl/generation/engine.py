@@ -2,6 +2,7 @@
 
     Engine   submit a prompt for its ids, score for the losses of continuations; step
     Load     how much of an engine is in use
+    Totals   what it has done so far
 
 A request waits for a row of the cache, has its prompt computed in chunks, and then gets one id in each step with all
 others. In a step, every request with a row goes on: those that decode by one id; those whose prompts are being computed
@@ -55,6 +56,24 @@ class Load:
     rows: int
     tokens: int
     slots: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an engine has done since it was made. Nothing of it ever falls.
+
+    prompt_tokens   of the prompts that were given a row, each counted once, however often it had to be computed
+    reused_tokens   those of them that were taken from an earlier text
+    new_tokens      ids that requests have got
+    steps           that had a request to take on
+
+    Tokens of continuations to score are not counted.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    steps: int
 
 
 class Engine:
@@ -185,6 +204,12 @@ class Engine:
         cache, active = self._rows.cache, len(self._rows.requests)
         tokens = int(cache.host_lengths[:active].sum())
         return Load(active, len(self._waiting), cache.batch, tokens, cache.batch * cache.max_length)
+
+    @property
+    def totals(self) -> Totals:
+        """What has been done so far."""
+        rows, scheduler = self._rows, self._scheduler
+        return Totals(rows.prompt_tokens, rows.reused_tokens, scheduler.new_tokens, scheduler.steps)
 
     def step(self) -> bool:
         """Take every request one step on; false if there is none. One thread at a time: others wait until it is done.

@@ -72,6 +72,7 @@ class Request(Iterator[int]):
         self.with_log_probabilities, self.n_top = with_log_probabilities or n_top > 0, n_top
         self.limit = limit  # of new ids
         self.chosen = 0  # new ids that have been chosen, of which the last may not have been read yet
+        self.again = False  # it has been put back, to be computed anew
         self.alone = False  # to be computed without others, since with them the device ran out of memory
         self.row = -1
         self.done = 0  # tokens of the text that its row holds
@@ -118,7 +119,7 @@ class Request(Iterator[int]):
         """Forget what was computed, but not what was said: that is part of the prompt now. `alone`: without others."""
         self.signs = np.concatenate((self.signs[: len(self.prompt)], np.array(self.ids, np.int64)))
         self.embeddings = self.logits = None
-        self.chosen, self.alone, self.row = len(self.ids), alone, -1
+        self.chosen, self.again, self.alone, self.row = len(self.ids), True, alone, -1
         for told in (self.log_probabilities, self.top_log_probabilities):
             del told[len(self.ids) :]  # of an id that an interruption kept from being read
         while len(self._drawn) > 1:

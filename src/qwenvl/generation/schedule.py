@@ -29,11 +29,13 @@ from .sampling import NO_ID, Top, log_probabilities, no_choice, top_log_probabil
 class Scheduler:
     """The requests that have a row of `rows`, and what is to be done for them next.
 
-    chunk: tokens of prompts that a step computes. lookup: ids that are guessed at a time.
+    chunk: tokens of prompts that a step computes. lookup: ids that are guessed at a time. So far, `steps` have been
+    taken and `new_tokens` ids handed out.
     """
 
     def __init__(self, model: QwenVL, rows: Rows, *, chunk: int, lookup: int) -> None:
         self.model, self.rows, self.chunk, self.lookup = model, rows, chunk, lookup
+        self.steps = self.new_tokens = 0
         self.put_back: list[Request] = []  # which are to wait anew, before all others
         self._prompts = Prompts(model, rows)
         self._turns: deque[Request] = deque()  # whose prompts are being computed, in the order of their turns
@@ -57,6 +59,7 @@ class Scheduler:
 
         Where ids can be read late, those of this step are read in the next one, when the device has that to do.
         """
+        self.steps += bool(self.rows.requests)
         earlier = len(self._unread)
         late = self._decode()
         self._compute_prompts()
@@ -237,6 +240,7 @@ class Scheduler:
             return
         self.rows.note(request, id_)
         request.take(id_, likely, top)
+        self.new_tokens += 1
         try:
             stopped = id_ in request.stop_ids or (request.should_stop is not None and request.should_stop(id_))
         except Exception as error:
