@@ -17,6 +17,7 @@ MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix() for path in
 FLOORS = [
     ["errors"],
     ["files"],
+    ["checks"],
     ["config"],
     ["model"],
     ["text"],
@@ -48,7 +49,7 @@ INSTALLED = {"torch", "tiktoken", "safetensors", "huggingface_hub", "PIL", "nump
 TRITON = {"adapt/packed_triton": {"triton"}, "adapt/attend_triton": {"triton"}}  # by module
 OPTIONAL = {"weights/hub": {"modelscope"}, **TRITON}
 # What each folder may ask for beyond the floors: packages outside the standard library.
-PACKAGES = {"errors": set(), "config": set(), "model": {"torch"}, "text": {"tiktoken"}}
+PACKAGES = {"errors": set(), "checks": set(), "config": set(), "model": {"torch"}, "text": {"tiktoken"}}
 MODEL_IMPORTS = {"model", "config", "errors"}
 TEXT_IMPORTS = {"text", "errors"}
 

@@ -155,13 +155,16 @@ def test_options_reach_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     run("chat", "Hi", "--quiet", *SHORT)
     assert given == {"max_new_tokens": 4}
     words = "--sample --temperature 0.5 --top-k 3 --top-p 0.9 --repetition-penalty 1.2 --seed 7 --system Be.brief"
-    run("chat", "Hi", "--quiet", *SHORT, *words.split())
+    penalties = "--frequency-penalty 0.5 --presence-penalty -0.5"
+    run("chat", "Hi", "--quiet", *SHORT, *words.split(), *penalties.split())
     assert given == {
         "do_sample": True,
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.9,
         "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
         "max_new_tokens": 4,
         "seed": 7,
         "system": "Be.brief",

@@ -53,6 +53,8 @@ def mistaken(run: Run, *arguments: str, says: str) -> None:
         ("chat hi --top-p 2", "top_p must be a number from 0 to 1"),
         ("chat hi --top-k -1", "top_k must be a whole number from 0"),
         ("chat hi --repetition-penalty 0", "repetition_penalty must be"),
+        ("chat hi --frequency-penalty 3", "frequency_penalty must be a number from -2 to 2"),
+        ("chat hi --presence-penalty -2.5", "presence_penalty must be a number from -2 to 2"),
         ("generate hi --max-new-tokens 0", "max_new_tokens must be a whole number from 1"),
         ("generate hi --seed -1", "seed must be a whole number from 0"),
         ("chat hi --save boxes.png", "--save needs a picture"),

@@ -243,6 +243,8 @@ def test_nulls_mean_not_set() -> None:
         ("top_p", "0.3"),
         ("top_p", 1.5),
         ("repetition_penalty", 0),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "1"),
         ("top_k", -1),
         ("top_k", 1.5),
         ("top_k", True),

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .text.boxes import Box, Region
 
 DECODING = (
-    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("min_new_tokens", "max_new_tokens", "stop", "seed"),
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "stop", "seed"),
 )
 
 EXAMPLES = {
@@ -228,6 +228,8 @@ def _decoding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int)
     group.add_argument("--top-p", type=float)
     group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--frequency-penalty", type=float)
+    group.add_argument("--presence-penalty", type=float)
     group.add_argument("--no-repeat-ngram-size", type=int)
     group.add_argument("--min-new-tokens", type=int)
     group.add_argument("--max-new-tokens", type=int)

@@ -20,50 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .checks import booleans, is_number, is_whole, positive_numbers, positive_whole_numbers, require
 from .errors import ConfigError
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 REFERENCE_GRID = 16  # `visual.positional_embedding` always has 16 x 16 rows, whatever the image size
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 MAX_LAYERS = 1000  # far above any model; a corrupt number should not fill the memory with empty modules
 RESAMPLER_HEAD_SIZE = 128  # the reference derives the resampler's head count as output_dim // 128
 
 Config = TypeVar("Config", "VisionConfig", "QuantizationConfig", "QwenVLConfig", "GenerationConfig")
-
-
-def is_whole(value: object) -> bool:
-    """Whether this is an int (True and False are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether this is an int or float within float32's range (True, False, infinity and NaN are not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _positive_whole_numbers(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(is_whole(value) and value > 0, f"{name} must be a positive whole number, not {value!r}")
-
-
-def _numbers(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(is_number(value) and value > 0, f"{name} must be a number above 0, not {value!r}")
-
-
-def _booleans(config: object, *names: str) -> None:
-    for name in names:
-        _require(
-            isinstance(getattr(config, name), bool), f"{name} must be true or false, not {getattr(config, name)!r}"
-        )
 
 
 def _from_json_object(kind: type[Config], data: Any, where: str) -> Config:  # noqa: ANN401 - parsed JSON
@@ -71,11 +37,11 @@ def _from_json_object(kind: type[Config], data: Any, where: str) -> Config:  # n
 
     `transformers` writes null for "not set".
     """
-    _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
+    require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
     fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(kind)}
     given = {name: value for name, value in data.items() if name in fields and value is not None}
     missing = [name for name, required in fields.items() if required and name not in given]
-    _require(not missing, f"{where} lacks {', '.join(missing)}")
+    require(not missing, f"{where} lacks {', '.join(missing)}")
     try:
         return kind(**given)
     except ConfigError as error:
@@ -110,26 +76,26 @@ class VisionConfig:
     n_queries: int = 256
 
     def __post_init__(self) -> None:
-        _positive_whole_numbers(
+        positive_whole_numbers(
             self, "image_size", "patch_size", "width", "layers", "heads", "output_dim", "image_start_id", "n_queries"
         )
-        _numbers(self, "mlp_ratio")
-        _require(
+        positive_numbers(self, "mlp_ratio")
+        require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}",
         )
-        _require(self.layers <= MAX_LAYERS, f"layers must be at most {MAX_LAYERS}, not {self.layers}")
-        _require(
+        require(self.layers <= MAX_LAYERS, f"layers must be at most {MAX_LAYERS}, not {self.layers}")
+        require(
             1 <= self.width * self.mlp_ratio <= sys.maxsize,
             f"mlp_ratio {self.mlp_ratio} times width {self.width} is no width of a layer",
         )
-        _require(self.width % self.heads == 0, f"width {self.width} must be a multiple of heads {self.heads}")
-        _require(
+        require(self.width % self.heads == 0, f"width {self.width} must be a multiple of heads {self.heads}")
+        require(
             self.output_dim >= RESAMPLER_HEAD_SIZE and self.output_dim % self.resampler_heads == 0,
             f"output_dim {self.output_dim} must be from {RESAMPLER_HEAD_SIZE} up and divide into the resampler's heads",
         )
-        _require(self.output_dim % 4 == 0, f"output_dim {self.output_dim} must be a multiple of 4")
-        _require(
+        require(self.output_dim % 4 == 0, f"output_dim {self.output_dim} must be a multiple of 4")
+        require(
             math.isqrt(self.n_queries) ** 2 == self.n_queries,
             f"n_queries must be a square number, not {self.n_queries}",
         )
@@ -177,14 +143,14 @@ class QuantizationConfig:
     lm_head: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.quant_method == "gptq", f"quant_method {self.quant_method!r} is not supported, only 'gptq'")
-        _require(type(self.bits) is int and self.bits in (4, 8), f"bits must be 4 or 8, not {self.bits!r}")
+        require(self.quant_method == "gptq", f"quant_method {self.quant_method!r} is not supported, only 'gptq'")
+        require(type(self.bits) is int and self.bits in (4, 8), f"bits must be 4 or 8, not {self.bits!r}")
         size = self.group_size
-        _require(
+        require(
             is_whole(size) and (size > 0 or size == -1),
             f"group_size must be a positive whole number, or -1 for one scale an output, not {size!r}",
         )
-        _booleans(self, "sym", "desc_act", "lm_head")
+        booleans(self, "sym", "desc_act", "lm_head")
 
     @property
     def per_word(self) -> int:
@@ -229,28 +195,28 @@ class QwenVLConfig:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        _positive_whole_numbers(
+        positive_whole_numbers(
             self,
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
             *("kv_channels", "max_position_embeddings", "seq_length"),
         )
-        _numbers(self, "layer_norm_epsilon", "rotary_emb_base", "initializer_range")
-        _booleans(self, "use_dynamic_ntk", "use_logn_attn")
-        _require(self.seq_length > 1, "seq_length must be above 1, as log-n scaling divides by its logarithm, not 1")
+        positive_numbers(self, "layer_norm_epsilon", "rotary_emb_base", "initializer_range")
+        booleans(self, "use_dynamic_ntk", "use_logn_attn")
+        require(self.seq_length > 1, "seq_length must be above 1, as log-n scaling divides by its logarithm, not 1")
         layers = self.num_hidden_layers
-        _require(layers <= MAX_LAYERS, f"num_hidden_layers must be at most {MAX_LAYERS}, not {layers}")
+        require(layers <= MAX_LAYERS, f"num_hidden_layers must be at most {MAX_LAYERS}, not {layers}")
         heads, size = self.num_attention_heads, self.kv_channels
-        _require(
+        require(
             heads * size == self.hidden_size,
             f"num_attention_heads x kv_channels ({heads} x {size}) must be hidden_size {self.hidden_size}",
         )
-        _require(size % 2 == 0 and size > 2, f"kv_channels {size} must be even and above 2, to be rotated in pairs")
-        _require(self.intermediate_size % 2 == 0, f"intermediate_size {self.intermediate_size} must be even")
-        _require(
+        require(size % 2 == 0 and size > 2, f"kv_channels {size} must be even and above 2, to be rotated in pairs")
+        require(self.intermediate_size % 2 == 0, f"intermediate_size {self.intermediate_size} must be even")
+        require(
             self.visual.output_dim == self.hidden_size,
             f"visual.output_dim {self.visual.output_dim} must be hidden_size {self.hidden_size}",
         )
-        _require(
+        require(
             self.visual.image_pad_id < self.vocab_size,
             f"visual.image_start_id {self.visual.image_start_id} plus 2 must be below vocab_size {self.vocab_size}",
         )
@@ -264,7 +230,7 @@ class QwenVLConfig:
             "attn_dropout_prob": 0.0,
         }
         for name, value in only.items():
-            _require(getattr(self, name) == value, f"{name} {getattr(self, name)!r} is not supported, only {value!r}")
+            require(getattr(self, name) == value, f"{name} {getattr(self, name)!r} is not supported, only {value!r}")
 
     @property
     def mlp_width(self) -> int:
@@ -274,8 +240,8 @@ class QwenVLConfig:
     @classmethod
     def from_dict(cls, data: Any, where: str = CONFIG_FILE) -> QwenVLConfig:  # noqa: ANN401 - parsed JSON
         """Build from parsed JSON. Raises ConfigError naming `where` and the key."""
-        _require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
-        _require("visual" in data, f"{where} lacks visual: it is not a Qwen-VL configuration")
+        require(isinstance(data, dict), f"{where} must be a JSON object, not {type(data).__name__}")
+        require("visual" in data, f"{where} lacks visual: it is not a Qwen-VL configuration")
         data = {**data, "visual": _from_json_object(VisionConfig, data["visual"], f"{where}: visual")}
         if (quantization := data.get("quantization_config")) is not None:
             if isinstance(quantization, dict) and (kind := quantization.get("checkpoint_format")) not in (None, "gptq"):
@@ -307,6 +273,8 @@ class SamplingOptions:
     top_k                 keep the k most likely ids, and those tied with the k-th; 0 is off
     top_p                 keep the smallest set of ids whose probability reaches p, at least one; 1 is off
     repetition_penalty    weakens every id that the text holds already; 1 is off
+    frequency_penalty     taken off an id's score for each time that the new text holds it; from -2 to 2, 0 is off
+    presence_penalty      taken off once if the new text holds it at all; from -2 to 2, 0 is off
     no_repeat_ngram_size  no run of this many ids occurs twice, the prompt included; 0 is off
     min_new_tokens        stop ids are forbidden before this many new tokens
     max_new_tokens        the answer ends after this many new tokens
@@ -321,24 +289,27 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     max_new_tokens: int = 512
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _booleans(self, "do_sample")
-        _numbers(self, "temperature", "repetition_penalty")
-        _require(
+        booleans(self, "do_sample")
+        positive_numbers(self, "temperature", "repetition_penalty")
+        require(
             is_number(self.top_p) and 0 <= self.top_p <= 1,
             f"top_p must be a number from 0 to 1 (1 is off), not {self.top_p!r}",
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(is_number(value) and -2 <= value <= 2, f"{name} must be a number from -2 to 2, not {value!r}")
         for name, least in (("top_k", 0), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0), ("max_new_tokens", 1)):
             value = getattr(self, name)
-            _require(
-                is_whole(value) and value >= least, f"{name} must be a whole number from {least} up, not {value!r}"
-            )
-        _require(
+            require(is_whole(value) and value >= least, f"{name} must be a whole number from {least} up, not {value!r}")
+        require(
             self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 2**63),
             f"seed must be a whole number from 0 to 2**63 - 1, or None, not {self.seed!r}",
         )
@@ -369,13 +340,13 @@ class GenerationConfig(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             self.chat_format in ("chatml", "raw"), f"chat_format must be 'chatml' or 'raw', not {self.chat_format!r}"
         )
-        _positive_whole_numbers(self, "max_window_size")
+        positive_whole_numbers(self, "max_window_size")
         if isinstance(self.eos_token_id, list):  # as JSON has it; a frozen dataclass wants something hashable
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        _require(
+        require(
             all(is_whole(i) and i >= 0 for i in self.eos_token_ids),
             f"eos_token_id must be an id or a list of ids, not {self.eos_token_id!r}",
         )

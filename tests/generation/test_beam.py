@@ -142,11 +142,14 @@ def test_a_wide_search_finds_the_best_text() -> None:
 
 
 RAGGED = [[5, 9, 3], [11], [7, 2]]
+PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": 0.8}
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, -1.0, 2.0])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 4}, PENALTIES]
+)
 def test_a_row_finds_what_it_would_alone(
     tables: dict[str, Tensor], length_penalty: float, early_stopping: Any, extra: dict[str, Any]
 ) -> None:

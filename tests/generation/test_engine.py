@@ -112,6 +112,8 @@ OPTIONS = [
     {"no_repeat_ngram_size": 2},
     {"do_sample": True, "seed": 7, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
     {"min_new_tokens": 6},
+    {"frequency_penalty": 0.9},
+    {"do_sample": True, "seed": 8, "frequency_penalty": -0.4, "presence_penalty": 1.3},
     {},
 ]
 

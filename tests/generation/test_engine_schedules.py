@@ -120,6 +120,12 @@ def run(model: QwenVL, pool: list[Asked], schedule: Schedule) -> Iterator[Live]:
     assert all(one.request.row == -1 and one.request.embeddings is None for one in live)
     assert not engine._scheduler._turns
     assert not engine._scheduler._unread
+    answered = [one.request for one in live if one.request.finish_reason != "cancelled"]
+    totals, everyone = engine.totals, [one.request for one in live]
+    assert totals.new_tokens == sum(len(request.ids) for request in everyone)
+    assert totals.reused_tokens == sum(request.reused for request in everyone)
+    assert sum(len(r.prompt) for r in answered) <= totals.prompt_tokens <= sum(len(r.prompt) for r in everyone)
+    assert totals.steps <= steps
     yield from live
 
 

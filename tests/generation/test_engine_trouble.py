@@ -258,6 +258,10 @@ def test_an_interrupted_step_loses_nothing(
                     assert kind is KeyboardInterrupt
         assert [answer.result() for answer in answers] == [one.alone for one in requests]
         assert engine.load.active == engine.load.waiting == 0
+        totals = engine.totals
+        assert totals.prompt_tokens == sum(len(one.ids) for one in requests)
+        assert totals.new_tokens == sum(len(one.alone) for one in requests)
+        assert totals.reused_tokens == sum(answer.reused for answer in answers) == 0
 
 
 def test_what_fails_again_and_again_is_everyones_error(model: QwenVL, monkeypatch: pytest.MonkeyPatch) -> None:

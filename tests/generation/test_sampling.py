@@ -248,6 +248,8 @@ BAD: dict[str, list[Any]] = {
     "top_k": [-1, 1.0, True, "5", None],
     "top_p": [-0.1, 1.5, math.nan, True, "0.5", None],
     "repetition_penalty": [0, 0.0, -2, math.nan, math.inf, True, None],
+    "frequency_penalty": [-2.1, 2.5, math.nan, math.inf, -math.inf, "1", True, None],
+    "presence_penalty": [-2.1, 2.5, math.nan, math.inf, -math.inf, "1", True, None],
     "no_repeat_ngram_size": [-1, 2.0, True, None],
     "min_new_tokens": [-1, 1.5, False, None],
     "max_new_tokens": [0, -1, 2.0, True, None],
@@ -271,6 +273,8 @@ def test_whole_numbers_are_numbers() -> None:
     """temperature=2 and repetition_penalty=1 are what people type; the edges of each range are allowed."""
     SamplingOptions(temperature=2, repetition_penalty=1, top_p=1, seed=2**63 - 1, max_new_tokens=1)
     SamplingOptions(top_p=0)
+    SamplingOptions(frequency_penalty=-2, presence_penalty=2)
+    SamplingOptions(frequency_penalty=2.0, presence_penalty=-2.0)
     row_generators(2**63 - 1, 2, "cpu")
 
 

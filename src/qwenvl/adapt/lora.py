@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import QwenVLConfig, is_number, is_whole
+from ..checks import is_number, is_whole
+from ..config import QwenVLConfig
 from ..errors import ConfigError
 from ..model.qwenvl import QwenVL
 from ..weights.folder import few

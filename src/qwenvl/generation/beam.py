@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import SamplingOptions, is_number, is_whole
+from ..checks import is_number, is_whole
+from ..config import SamplingOptions
 from ..errors import ConfigError
 from .sampling import no_choice, process
 
@@ -147,8 +148,12 @@ def beam_search(
     act on log-probabilities and nothing is renormalised afterwards (as in the reference); `stop_ids` end a text; ids
     from `n_vocab` up are never emitted. The length penalty counts the row's own prompt, without padding, so a row
     scores what it would alone (the reference counts padding). A prompt gives fewer texts than asked for only if there
-    are no more. Raises QwenVLError if the logits or the options leave nothing to choose.
+    are no more. Raises QwenVLError if the logits or the options leave nothing to choose, and ConfigError for a penalty
+    below 0: it would raise the total of a text as it grows, and a search ends on the ground that totals only fall.
     """
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"{name} must be 0 or above in a beam search, not {getattr(options, name)!r}")
     n_beams, width = beams.num_beams, prompt.shape[1]
     mask = torch.ones_like(prompt, dtype=torch.bool) if prompt_mask is None else prompt_mask.bool()
     limits = [options.max_new_tokens] * len(prompt) if limits is None else limits

@@ -24,7 +24,7 @@ from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 from .beam import BeamOptions, Hypothesis, beam_search
 from .room import bounded
-from .sampling import SamplingOptions, log_probabilities, process, require_ids, row_generators, sample, warp
+from .sampling import SamplingOptions, Top, log_probabilities, process, require_ids, row_generators, sample, warp
 
 AHEAD = 3  # steps that a GPU is told of before the first one's ids are read
 
@@ -95,7 +95,7 @@ def decode(
 
     Args:
         logits: [B,V], from `prefill`.
-        history: the prompts [B,T], for repetition penalty and n-grams; `history_mask` [B,T] is false on padding.
+        history: the prompts [B,T], for penalties and n-grams; `history_mask` [B,T] is false on padding.
         stop_ids: a row ends with the first of them (and it is yielded).
         should_stop: `should_stop(row, id)` ends a row after this id; how stop strings are found.
         n_vocab: ids from here up do not exist for the tokenizer and are never emitted.
@@ -137,7 +137,7 @@ def decode(
             last = n_generated + 1 == max(limits)
             # The first is read at once, for whoever waits for it; and an answer may end with it.
             while len(chosen) > (AHEAD if stepper.captures and n_generated and not last else 0):
-                found, told = chosen.popleft().read()
+                found, told, _ = chosen.popleft().read()
                 require_ids([id_ if row in going else 0 for row, id_ in enumerate(found)])
                 read += 1
                 yield NewIds([id_ if row in going else None for row, id_ in enumerate(found)], told)
@@ -162,19 +162,27 @@ def decode(
 
 
 class Chosen:
-    """Ids [B] of a step, and their log-probabilities if they were asked for, on the way to the host."""
+    """Ids [B] of a step, on the way to the host; if they were asked for, also their log-probabilities [B], and the
+    likeliest ids and their log-probabilities, both [B,k].
+    """
 
-    def __init__(self, ids: Tensor, told: Tensor | None) -> None:
+    def __init__(self, ids: Tensor, told: Tensor | None, top: tuple[Tensor, Tensor] | None = None) -> None:
         self._ids, self._told = _to_host(ids), None if told is None else _to_host(told)
+        self._top = None if top is None else (_to_host(top[0]), _to_host(top[1]))
         self._arrived = torch.cuda.Event() if ids.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(ids.device))
 
-    def read(self) -> tuple[list[int], list[float] | None]:
+    def read(self) -> tuple[list[int], list[float] | None, list[Top] | None]:
         """Wait for them. An id is NO_ID where there was none to choose."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._ids.tolist(), None if self._told is None else self._told.tolist()
+        told = None if self._told is None else self._told.tolist()
+        top = None
+        if self._top is not None:
+            ids, likely = (tensor.tolist() for tensor in self._top)
+            top = [list(zip(*row, strict=True)) for row in zip(ids, likely, strict=True)]
+        return self._ids.tolist(), told, top
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     Engine   submit a prompt for its ids, score for the losses of continuations; step
     Load     how much of an engine is in use
+    Totals   what it has done so far
 
 A request waits for a row of the cache, has its prompt computed in chunks, and then gets one id in each step with all
 others. In a step, every request with a row goes on: those that decode by one id; those whose prompts are being computed
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..adapt.ranks import common_seed
+from ..checks import is_whole
 from ..config import QwenVLConfig
 from ..errors import CacheError, PromptError
 from ..image import image_hash
@@ -42,6 +44,7 @@ from .schedule import Scheduler
 # products to be worth it, and at most so many.
 CHUNK_OPERATIONS = {"cuda": 8e12, "cpu": 4e10}
 LEAST_CHUNK, LARGEST_CHUNK = 64, 2048
+MOST_TOP = 20  # of `top_log_probabilities`, as in OpenAI's interface
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,24 @@ class Load:
     rows: int
     tokens: int
     slots: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an engine has done since it was made. Nothing of it ever falls.
+
+    prompt_tokens   of the prompts that were given a row, each counted once, however often it had to be computed
+    reused_tokens   those of them that were taken from an earlier text
+    new_tokens      ids that requests have got
+    steps           that had a request to take on
+
+    Tokens of continuations to score are not counted.
+    """
+
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    steps: int
 
 
 class Engine:
@@ -114,6 +135,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         should_stop: Callable[[int], bool] | None = None,
         with_log_probabilities: bool = False,
+        top_log_probabilities: int = 0,
         **overrides: Any,  # noqa: ANN401 - the fields of SamplingOptions
     ) -> Request:
         """Ask for the ids that follow a prompt; iterate over what is returned for them.
@@ -124,11 +146,17 @@ class Engine:
             options, overrides: how ids are chosen; greedy unless they say otherwise.
             stop_ids: default, the engine's; () means never.
             should_stop: called with each new id; true ends the request. It must not call the engine.
+            with_log_probabilities: note how likely the model found each new id.
+            top_log_probabilities: note that, and in each place as many of the ids that it found likeliest; up to 20.
 
-        Raises PromptError for a prompt that cannot be answered, at once. What goes wrong later is raised where the
-        request is iterated over.
+        Raises PromptError for what cannot be answered, at once. What goes wrong later is raised where the request is
+        iterated over.
         """
         options = SamplingOptions.from_config(options or SamplingOptions(), **overrides)
+        if not (is_whole(top_log_probabilities) and 0 <= top_log_probabilities <= MOST_TOP):
+            raise PromptError(
+                f"top_log_probabilities must be a whole number from 0 to {MOST_TOP}, not {top_log_probabilities!r}"
+            )
         return self._enqueue(
             input_ids,
             pixels,
@@ -136,6 +164,7 @@ class Engine:
             stop_ids=self.stop_ids if stop_ids is None else stop_ids,
             should_stop=should_stop,
             with_log_probabilities=with_log_probabilities,
+            n_top=top_log_probabilities,
         )
 
     def submit_score(
@@ -175,6 +204,12 @@ class Engine:
         cache, active = self._rows.cache, len(self._rows.requests)
         tokens = int(cache.host_lengths[:active].sum())
         return Load(active, len(self._waiting), cache.batch, tokens, cache.batch * cache.max_length)
+
+    @property
+    def totals(self) -> Totals:
+        """What has been done so far."""
+        rows, scheduler = self._rows, self._scheduler
+        return Totals(rows.prompt_tokens, rows.reused_tokens, scheduler.new_tokens, scheduler.steps)
 
     def step(self) -> bool:
         """Take every request one step on; false if there is none. One thread at a time: others wait until it is done.

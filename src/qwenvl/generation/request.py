@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .prefix import Signs
-from .sampling import SamplingOptions, process, row_generators, sample, warp
+from .sampling import SamplingOptions, Top, looks_back, process, row_generators, sample, warp
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -29,6 +29,9 @@ class Request(Iterator[int]):
     Attributes:
         ids: the new ids so far, the stop id included if there was one.
         log_probabilities: the model's own, one for each id, if they were asked for.
+        top_log_probabilities: for each id the likeliest in its place, and the model's own log-probabilities of these,
+            the likeliest first and of equals the lower id; as many as were asked for. Before any processor: an id that
+            the tokenizer does not have may be among them.
         scores: of each continuation the log-probability of every id, if it was made by `Engine.submit_score`.
         prompt: the prompt's ids.
         reused: how many of the prompt's tokens were taken from an earlier text.
@@ -52,11 +55,13 @@ class Request(Iterator[int]):
         should_stop: Callable[[int], bool] | None = None,
         n_vocab: int | None = None,
         with_log_probabilities: bool = False,
+        n_top: int = 0,
         continuations: Sequence[Sequence[int]] = (),
     ) -> None:
         self.prompt, self.options = list(prompt), options
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
+        self.top_log_probabilities: list[Top] = []
         self.scores: list[list[float]] = []
         self.reused = 0
         self.finish_reason: FinishReason | None = None
@@ -64,9 +69,10 @@ class Request(Iterator[int]):
         # What follows is the engine's.
         self.signs, self.pictures, self.continuations = signs, pictures, continuations
         self.stop_ids, self.should_stop, self.n_vocab = tuple(stop_ids), should_stop, n_vocab
-        self.with_log_probabilities = with_log_probabilities
+        self.with_log_probabilities, self.n_top = with_log_probabilities or n_top > 0, n_top
         self.limit = limit  # of new ids
         self.chosen = 0  # new ids that have been chosen, of which the last may not have been read yet
+        self.again = False  # it has been put back, to be computed anew
         self.alone = False  # to be computed without others, since with them the device ran out of memory
         self.row = -1
         self.done = 0  # tokens of the text that its row holds
@@ -76,7 +82,7 @@ class Request(Iterator[int]):
         self.generator = row_generators(seed, 1, device)[0] if options.do_sample else None
         self._drawn = deque([self._state()])  # of the generator behind the last id that was read, and each chosen since
         self._text: Tensor | None = None
-        if options.repetition_penalty != 1 or options.no_repeat_ngram_size:
+        if looks_back(options):
             with torch.inference_mode(False):  # it is written to later, also where that mode is not on
                 self._text = torch.zeros(1, len(prompt) + limit, dtype=torch.int64, device=device)
                 self._text[0, : len(prompt)] = torch.tensor(self.prompt)
@@ -113,7 +119,9 @@ class Request(Iterator[int]):
         """Forget what was computed, but not what was said: that is part of the prompt now. `alone`: without others."""
         self.signs = np.concatenate((self.signs[: len(self.prompt)], np.array(self.ids, np.int64)))
         self.embeddings = self.logits = None
-        self.chosen, self.alone, self.row = len(self.ids), alone, -1
+        self.chosen, self.again, self.alone, self.row = len(self.ids), True, alone, -1
+        for told in (self.log_probabilities, self.top_log_probabilities):
+            del told[len(self.ids) :]  # of an id that an interruption kept from being read
         while len(self._drawn) > 1:
             self._drawn.pop()
         self.draw_again()
@@ -159,10 +167,12 @@ class Request(Iterator[int]):
         self.chosen += 1
         self._drawn.append(self._state())
 
-    def take(self, id_: int, log_probability: float | None) -> None:
+    def take(self, id_: int, log_probability: float | None, top: Top) -> None:
         """Note that it has been read."""
         if self.with_log_probabilities and log_probability is not None:
             self.log_probabilities.append(log_probability)
+        if self.n_top:
+            self.top_log_probabilities.append(top[: self.n_top])
         self._drawn.popleft()
         self.ids.append(id_)
 

@@ -25,12 +25,14 @@ class Rows:
         requests: those that have a row, in the order of the rows.
         decoding: so many of them, from the first, are beyond their prompts.
         next_ids: [B] on the device, the ids with which these go on.
+        prompt_tokens: of all prompts that have had a row, each counted once.
+        reused_tokens: those of them that were taken from what a row held.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.requests: list[Request] = []
-        self.decoding = 0
+        self.decoding = self.prompt_tokens = self.reused_tokens = 0
         with torch.inference_mode(False):
             self.next_ids = torch.zeros(cache.batch, dtype=torch.int64, device=cache.keys.device)
         self._texts = np.zeros((cache.batch, cache.max_length + 1), np.int64)  # the signs of what the rows hold
@@ -63,10 +65,13 @@ class Rows:
             self.view(row).rewind([0])
             if kept:
                 self.view(row).copy_from(self.view(source), kept)
-        request.row, request.done, request.reused = row, kept, kept
+        request.row, request.done = row, kept
         self._texts[row, : len(wanted)] = wanted
         self._known[row], self._current[row] = kept, True
         self.requests.append(request)
+        if not request.again:
+            self.prompt_tokens += len(request.prompt)
+        self._reuse(request, kept)
         self.view(row).declare([len(request.prompt)])
 
     def side_by_side(self, requests: Sequence[Request]) -> KVCache:
@@ -83,7 +88,7 @@ class Rows:
         source, kept = self._longest(request.signs, len(request.prompt))
         if source != request.row and kept > request.done:
             self.view(request.row).copy_from(self.view(source), kept)
-            request.reused += kept - request.done
+            self._reuse(request, kept - request.done)
             self.computed(request, kept)
 
     def computed(self, request: Request, done: int) -> None:
@@ -139,6 +144,12 @@ class Rows:
         self.cache.erase()
         self._known[:] = self._left[:] = 0
         return requests
+
+    def _reuse(self, request: Request, tokens: int) -> None:
+        """Count what a prompt took from a row; not what it has back of its own, if it is computed anew."""
+        if not request.again:
+            request.reused += tokens
+            self.reused_tokens += tokens
 
     def _longest(self, wanted: Signs, prompt_length: int) -> tuple[int, int]:
         """The row that holds most of a prompt's beginning, under the NTK alpha that the prompt has, and how much."""

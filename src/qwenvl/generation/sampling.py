@@ -1,14 +1,16 @@
 """From logits to the next id: one frozen set of options and pure functions, in the reference's order.
 
     SamplingOptions      what may be asked for, valid once it exists
-    process              repetition penalty, no-repeat n-grams, minimum new tokens, ids that must never be emitted
+    process              penalties, no-repeat n-grams, minimum new tokens, ids that must never be emitted
+    looks_back           whether that depends on the text so far
     warp                 temperature, top-k, top-p (only when sampling)
     sample               the most likely id, or one drawn at random with a generator per row
     row_generators       those generators, from one seed
     log_probabilities    how likely the model itself found an id
+    top_log_probabilities   which ids it found likeliest, and how likely
 
 Everything computes in float32, changes none of its arguments and never waits for the device.
-Letters: B batch, T tokens, V vocabulary.
+Letters: B batch, T tokens, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ..config import SamplingOptions as SamplingOptions
 from ..errors import QwenVLError
 
 NO_ID = -1  # what `sample` returns for a row in which no id can be chosen
+Top = list[tuple[int, float]]  # ids and their log-probabilities, the likeliest first
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -45,10 +48,15 @@ def process(
     `history_mask` [B, T] is false on padding. Padding then counts neither as repeated nor as part of an n-gram, so that
     a row is what it would be alone (the reference counts it; without a mask so do we). `n_vocab` is the number of ids
     that the tokenizer has: those above are never emitted.
+
+    The reference has no frequency and presence penalty: they come right behind the repetition penalty, as in vLLM.
     """
     scores = logits.float()
     if options.repetition_penalty != 1:
         scores = penalize_repetition(scores, history, options.repetition_penalty, history_mask)
+    if options.frequency_penalty or options.presence_penalty:
+        new_ids = history[:, history.shape[1] - n_generated :]
+        scores = penalize_presence(scores, new_ids, options.frequency_penalty, options.presence_penalty)
     if options.no_repeat_ngram_size:
         scores = forbid_repeated_ngrams(scores, history, options.no_repeat_ngram_size, history_mask)
     if n_generated < options.min_new_tokens:
@@ -58,6 +66,12 @@ def process(
     return forbid_unknown(scores, n_vocab)
 
 
+def looks_back(options: SamplingOptions) -> bool:
+    """Whether what `process` does depends on the ids of the text so far."""
+    penalties = options.repetition_penalty != 1 or options.frequency_penalty != 0 or options.presence_penalty != 0
+    return penalties or options.no_repeat_ngram_size > 0
+
+
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float, history_mask: Tensor | None = None) -> Tensor:
     """Make ids of `history` [B, T] less likely, each once: scores [B, V] -> [B, V] (CTRL, arXiv 1909.05858, 4.1).
 
@@ -65,6 +79,15 @@ def penalize_repetition(scores: Tensor, history: Tensor, penalty: float, history
     """
     seen = _among(history, history_mask, scores.shape[-1])
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def penalize_presence(scores: Tensor, new_ids: Tensor, frequency: float, presence: float) -> Tensor:
+    """Lower ids of `new_ids` [B, N] by `frequency` for each time, and by `presence` once: scores [B, V] -> [B, V].
+
+    As OpenAI's interface has it: the prompt's ids do not count, and what is negative raises.
+    """
+    counts = torch.zeros_like(scores).scatter_add_(1, new_ids, torch.ones_like(new_ids, dtype=scores.dtype))
+    return scores - frequency * counts - presence * (counts > 0)
 
 
 def forbid_repeated_ngrams(scores: Tensor, history: Tensor, size: int, history_mask: Tensor | None = None) -> Tensor:
@@ -185,3 +208,18 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of `ids` [...] under the model itself, before any processor: logits [..., V] -> float32 [...]."""
     logits = logits.float()
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def top_log_probabilities(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k ids that the model itself found likeliest, and their log-probabilities, the likeliest first.
+
+    logits [B, V] -> ids [B, k] and float32 [B, k]; all V of them if k is more. Of equals, the lower id comes first.
+    """
+    logits = logits.float()
+    bits = (logits + 0.0).view(torch.int32).long()  # the sum makes 0 of -0, which is equal and has other bits
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # whole numbers in the order of the floats
+    # `topk` leaves open which of equals it takes, and logits of 16 bits have many: with the id behind it, no rank is
+    # equal to another. A stable sort would say the same, and take several times as long.
+    ranks = (ranks << 32) - torch.arange(logits.shape[-1], device=logits.device)
+    ids = ranks.topk(min(k, logits.shape[-1])).indices
+    return ids, logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)

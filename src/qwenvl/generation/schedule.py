@@ -23,17 +23,19 @@ from .prompts import Prompts
 from .request import FinishReason, Request, choose
 from .room import bounded, out_of_memory
 from .rows import Rows
-from .sampling import NO_ID, log_probabilities, no_choice
+from .sampling import NO_ID, Top, log_probabilities, no_choice, top_log_probabilities
 
 
 class Scheduler:
     """The requests that have a row of `rows`, and what is to be done for them next.
 
-    chunk: tokens of prompts that a step computes. lookup: ids that are guessed at a time.
+    chunk: tokens of prompts that a step computes. lookup: ids that are guessed at a time. So far, `steps` have been
+    taken and `new_tokens` ids handed out.
     """
 
     def __init__(self, model: QwenVL, rows: Rows, *, chunk: int, lookup: int) -> None:
         self.model, self.rows, self.chunk, self.lookup = model, rows, chunk, lookup
+        self.steps = self.new_tokens = 0
         self.put_back: list[Request] = []  # which are to wait anew, before all others
         self._prompts = Prompts(model, rows)
         self._turns: deque[Request] = deque()  # whose prompts are being computed, in the order of their turns
@@ -57,6 +59,7 @@ class Scheduler:
 
         Where ids can be read late, those of this step are read in the next one, when the device has that to do.
         """
+        self.steps += bool(self.rows.requests)
         earlier = len(self._unread)
         late = self._decode()
         self._compute_prompts()
@@ -210,6 +213,8 @@ class Scheduler:
             ids = choose(logits, requests)
             wanted = any(request.with_log_probabilities for request in requests)
             likely = log_probabilities(logits, ids.clamp(min=0)) if wanted else None
+            n_top = max(request.n_top for request in requests)
+            top = top_log_probabilities(logits, n_top) if n_top else None
         except BaseException:
             for request in requests:
                 request.draw_again()
@@ -217,24 +222,25 @@ class Scheduler:
         for request, id_, known in zip(requests, ids, ids.clamp(min=0), strict=True):
             request.count(id_)
             self.rows.next_ids[request.row] = known
-        self._unread.append((Chosen(ids, likely), requests))
+        self._unread.append((Chosen(ids, likely, top), requests))
 
     def _read(self, *, but: int = 0) -> None:
         """Hand out the ids that were chosen, but for the latest so many times."""
         while len(self._unread) > but:
             chosen, requests = self._unread[0]
-            ids, likely = chosen.read()
+            ids, likely, top = chosen.read()
             self._unread.popleft()
             for row, request in enumerate(requests):
                 if request.finish_reason is None:
-                    self._hand_out(request, ids[row], None if likely is None else likely[row])
+                    self._hand_out(request, ids[row], None if likely is None else likely[row], top[row] if top else [])
 
-    def _hand_out(self, request: Request, id_: int, likely: float | None) -> None:
+    def _hand_out(self, request: Request, id_: int, likely: float | None, top: Top) -> None:
         if id_ == NO_ID:
             self._finish(request, "error", no_choice(0))
             return
         self.rows.note(request, id_)
-        request.take(id_, likely)
+        request.take(id_, likely, top)
+        self.new_tokens += 1
         try:
             stopped = id_ in request.stop_ids or (request.should_stop is not None and request.should_stop(id_))
         except Exception as error:

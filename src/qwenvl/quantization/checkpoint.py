@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..adapt.calibrate import Example, Method, quantize_decoder
 from ..adapt.quantize import DAMPING, Packed
-from ..config import CONFIG_FILE, QuantizationConfig, is_whole, read_json
+from ..checks import is_whole
+from ..config import CONFIG_FILE, QuantizationConfig, read_json
 from ..errors import ConfigError
 from ..loading import choose_device, load
 from ..weights.checkpoint import DTYPES, Checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..config import is_number, is_whole
+from ..checks import is_number, is_whole
 from ..errors import ConfigError
 
 PRECISIONS = ("auto", "float32", "bfloat16")

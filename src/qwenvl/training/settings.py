@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from ..config import is_number, is_whole
+from ..checks import is_number, is_whole
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
