@@ -118,8 +118,11 @@ class Service:
             self._preparing -= count
             if not future.cancelled() and future.exception() is None:
                 self._open.update(future.result())
-                for answer in () if wanted else future.result():
-                    answer.close()
+                for answer in future.result():
+                    if not wanted:
+                        answer.close()
+                    elif self._closing or self.failure is not None:  # nobody will compute it
+                        answer.cut("stopped")
 
         future.add_done_callback(submitted)
         try:
