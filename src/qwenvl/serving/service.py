@@ -112,14 +112,14 @@ class Service:
         """
         self._admit(count)
         future = self._loop.run_in_executor(self._pool, self._submit, make, time.monotonic())
-        wanted = [True]
+        left = False  # who asked has
 
         def submitted(future: Future[list[Answer]]) -> None:
             self._preparing -= count
             if not future.cancelled() and future.exception() is None:
                 self._open.update(future.result())
                 for answer in future.result():
-                    if not wanted:
+                    if left:
                         answer.close()
                     elif self._closing or self.failure is not None:  # nobody will compute it
                         answer.cut("stopped")
@@ -131,9 +131,10 @@ class Service:
         except (PromptError, ImageError) as error:
             raise mistake(error) from None
         except TimeoutError:
+            left = True
             raise too_late() from None
-        except asyncio.CancelledError:  # who asked has left
-            wanted.clear()
+        except asyncio.CancelledError:
+            left = True
             raise
 
     async def deltas(self, *answers: Answer) -> AsyncIterator[Delta]:
@@ -163,8 +164,8 @@ class Service:
             raise Refused(503, "the model has stopped working: restart the server", code="unavailable")
         if self._stopping:
             raise stopping()
-        if count > self.settings.max_choices:
-            raise Refused(400, f"a request may ask for {self.settings.max_choices} answers, not {count}", param="n")
+        if count > (most := min(self.settings.max_choices, self.capacity)):
+            raise Refused(400, f"a request may ask for {most} answers, not {count}", param="n")
         if self.busy + count > self.capacity:
             raise Refused(429, "the server has as much to do as it takes: try again", code="queue_full", headers=RETRY)
         self._preparing += count
