@@ -300,7 +300,7 @@ def test_user_text_is_data(server: Running, monkeypatch: pytest.MonkeyPatch) -> 
         ({"temperature": 3}, 400, "temperature: "),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"n": 999}, 400, "n: "),
-        ({"n": 100}, 400, "16 answers"),
+        ({"n": 100}, 400, "12 answers"),
         ({"top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ({"wisdom": True}, 400, "wisdom: Extra inputs"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
