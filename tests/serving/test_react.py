@@ -240,7 +240,7 @@ def test_reading_takes_linear_time() -> None:
     """Texts that would take hours if lines were read again and again: all marks that never decide, and long lines."""
     begun = time.process_time()
     for piece in ("Action:\n", "Action: x\nAction Input:\n", "Action:", "\n", " ", "Action Input:\n", "Observation:\n"):
-        for head in ("", "x\n", "Action: search\n", "Action: search\nAction Input: ", "Final Answer: x"):
+        for head in ("", "x\n", "Action: other\n", "Action: search\nAction Input: ", "Final Answer: x"):
             parse_reply(head + piece * 50_000, TOOLS)
     assert time.process_time() - begun < 20
 

@@ -179,7 +179,8 @@ class ReactStream:
 
     Held back until the final answer begins, since all before it may turn out to be the thought of a call. Marks count
     at the beginning of a line, and the first one decides: what follows `Final Answer:` is answer, what follows
-    `Action Input:` is arguments, up to `Observation:`. Never raises.
+    `Action Input:` is arguments, up to `Observation:`. A reply that was begun for the model needs its prefix pushed
+    first. Never raises.
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
