@@ -80,20 +80,23 @@ def until(reached: Callable[[], object], seconds: float = 30) -> None:
 
 @contextmanager
 def slowly(service: Service, seconds: float = 0.05) -> Iterator[list[int]]:
-    """Every step of the engine takes at least so long. Gives a list with an entry for each step."""
+    """Every step of the engine takes at least so long, and no new answer ends before its limit.
+
+    Gives a list with an entry for each step.
+    """
     engine, steps = service.engine, []
-    step = engine.step
+    step, stop_ids = engine.step, engine.stop_ids
 
     def slow() -> bool:
         time.sleep(seconds)
         steps.append(engine.load.active)
         return step()
 
-    engine.step = slow  # type: ignore[method-assign]
+    engine.step, engine.stop_ids = slow, ()  # type: ignore[method-assign]
     try:
         yield steps
     finally:
-        engine.step = step  # type: ignore[method-assign]
+        engine.step, engine.stop_ids = step, stop_ids  # type: ignore[method-assign]
 
 
 def script(monkeypatch: pytest.MonkeyPatch, service: Service, *replies: str) -> list[Request]:

@@ -52,11 +52,9 @@ def test_many_at_once_are_computed_together(pipeline: Pipeline) -> None:
         def ask(text: str) -> Any:
             return server.chat(text, max_tokens=9).json()["choices"][0]["message"]
 
-        alone = [ask(text) for text in questions]
-        with slowly(server.service, 0.01) as steps, concurrent.futures.ThreadPoolExecutor(8) as pool:
-            together = list(
-                pool.map(lambda text: server.chat(text, max_tokens=9).json()["choices"][0]["message"], questions)
-            )
+        with slowly(server.service, 0.003) as steps, concurrent.futures.ThreadPoolExecutor(8) as pool:
+            alone = [ask(text) for text in questions]
+            together = list(pool.map(ask, questions))
     assert together == alone
     assert max(steps) == 4
 
@@ -135,20 +133,23 @@ def test_an_error_in_one_request_touches_no_other(pipeline: Pipeline, monkeypatc
 
 def test_stopping_ends_what_runs_and_refuses_what_comes(pipeline: Pipeline) -> None:
     """An answer that is under way when the server is told to stop is given whole."""
-    with running(pipeline, Settings(rows=2)) as server:
+    with (
+        running(pipeline, Settings(rows=2)) as server,
+        slowly(server.service, 0.02),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
         expected = server.chat(max_tokens=30).json()["choices"][0]["message"]
-        with slowly(server.service, 0.02), concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(server.chat, max_tokens=30)
-            until(lambda: server.service.busy)
-            server.service.refuse_more()
-            refused = server.chat()
-            with server.client() as client:
-                assert client.get("/ready").status_code == 503
-                assert client.get("/health").status_code == 200
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
-            server.server.should_exit = True
-            assert answer.result().json()["choices"][0]["message"] == expected
-    assert (server.service.finished, server.service.cut) == (1, 0)
+        answer = pool.submit(server.chat, max_tokens=30)
+        until(lambda: server.service.busy)
+        server.service.refuse_more()
+        refused = server.chat()
+        with server.client() as client:
+            assert client.get("/ready").status_code == 503
+            assert client.get("/health").status_code == 200
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        server.server.should_exit = True
+        assert answer.result().json()["choices"][0]["message"] == expected
+    assert (server.service.finished, server.service.cut) == (1, 0)  # since it was told to stop
 
 
 def test_what_runs_beyond_the_grace_is_told() -> None:
