@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-all check format bench train-tiny clean
+.PHONY: help setup demo chat serve test test-all check format bench train-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(READY) ## the whole path on a picture drawn here: question, answer, boxe
 
 chat: $(READY) ## talk to the embedded model in the terminal
 	$(RUN) -m qwenvl.cli chat
+
+serve: $(READY) ## the embedded model's page and API, at http://127.0.0.1:8000
+	$(RUN) -m qwenvl.cli serve --web
 
 test: $(READY) ## the tests (a few minutes)
 	$(RUN) -m pytest -n auto --dist worksteal -m "not slow"
