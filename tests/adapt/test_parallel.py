@@ -207,7 +207,9 @@ class Mesh:
         """None: nothing is sent."""
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "int4"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, id="bfloat16"), pytest.param(True, id="int4", marks=pytest.mark.slow)]
+)
 def test_what_the_published_models_take(packed: bool) -> None:
     """The parts of all ranks make up the whole, and docs/parallel.md says how many GB each has."""
     config = dataclasses.replace(QWEN_VL, quantization_config=QuantizationConfig() if packed else None)

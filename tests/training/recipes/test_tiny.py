@@ -199,6 +199,7 @@ def test_what_each_phase_trains(finished: Workshop) -> None:
     assert finished.changed["1-sight"]["patch_heads.kind.weight"]
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped after every update and given again, the command ends with the same bytes as the run at once."""
     calls = 0
