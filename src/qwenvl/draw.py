@@ -2,6 +2,7 @@
 
     draw_reply      a reply's regions on a picture; None if the reply has none
     draw_regions    the same for regions or pixel boxes that are already there
+    colours         which colour each phrase has
     save_image      a picture to a file, whole or not at all
 
 Each phrase has its colour. Labels are set in the first font that has all of their characters: the one given (a
@@ -79,9 +80,9 @@ def draw_regions(
     line = round(1 + (width + height) / 900)
 
     shapes = [(region, points) for region in regions if (points := _corners(region, width, height))]
-    colours = _colours(region.label for region, _ in shapes)
+    chosen = colours(region.label for region, _ in shapes)
     for region, points in shapes:
-        _outline(draw, points, colours[region.label], line)
+        _outline(draw, points, chosen[region.label], line)
 
     labels = {region.label: _one_line(region.label) for region, _ in shapes if region.label}
     typeface = _font(font, max(10, round(6 + (width + height) / 110)), {c for text in labels.values() for c in text})
@@ -89,8 +90,13 @@ def draw_regions(
     placed: list[Rectangle] = []
     for region, points in shapes:
         if region.label and texts[region.label]:
-            _label(draw, texts[region.label], typeface, colours[region.label], _bounds(points), placed)
+            _label(draw, texts[region.label], typeface, chosen[region.label], _bounds(points), placed)
     return picture
+
+
+def colours(labels: Iterable[str | None]) -> dict[str | None, tuple[int, int, int]]:
+    """Red, green and blue for each phrase, in the order in which they first occur."""
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -126,10 +132,6 @@ def _corners(region: Region | Box, width: int, height: int) -> list[Point]:
 def _bounds(points: Sequence[Point]) -> Rectangle:
     xs, ys = zip(*points, strict=True)
     return min(xs), min(ys), max(xs), max(ys)
-
-
-def _colours(labels: Iterable[str | None]) -> dict[str | None, tuple[int, int, int]]:
-    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(labels))}
 
 
 def _outline(draw: ImageDraw.ImageDraw, points: Sequence[Point], colour: tuple[int, int, int], line: int) -> None:
