@@ -16,11 +16,10 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeAlias
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
@@ -50,9 +49,31 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 # How the base64 of a PNG, JPEG, GIF or WebP begins. At this length and in this alphabet, no one has a file so named.
 BARE_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{48,}={0,2}")
+JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of those that stand between scans
 # Pillow warns of large pictures, which `_to_rgb` refuses by the policy, and of odd metadata, which does not matter.
 # Silenced once for all: around each picture, threads would undo one another's filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# A data URL may escape what base64 has beside letters and digits, and line breaks.
+ESCAPES = {
+    "%2b": "+",
+    "%2B": "+",
+    "%2f": "/",
+    "%2F": "/",
+    "%3d": "=",
+    "%3D": "=",
+    "%0a": "",
+    "%0A": "",
+    "%0d": "",
+    "%0D": "",
+}
+SPACE = b" \t\n\r\v\f"
+# Pillow's readers take some microseconds for each piece of a file, and for comments and EXIF data in many pieces
+# quadratic time: minutes for a megabyte. No picture out there has a tenth of this before its pixels.
+PIECES = 4000
+MOST_SCANS = (
+    20  # of a JPEG; progressive ones have about ten. Each goes over all pixels, and takes a few bytes of the file
+)
+MOST_SIDE = 65_535  # a JPEG's; to resize a picture takes Pillow 32 bytes for each pixel of a side
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 ImageSource: TypeAlias = (
@@ -74,7 +95,7 @@ def open_image(
     Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, told apart by their content; of an animation, the first frame.
     Colours become RGB as Pillow's `convert("RGB")` makes them, which is the reference: alpha is dropped, not blended.
     16 bits per channel become the upper 8 (Pillow's mode `I;16`, and `I` if a value is above 255, clipped to 16 bits).
-    Raises ImageError: not a picture, broken, empty, too large, not allowed, not to be fetched.
+    Raises ImageError: not a picture, broken, empty, too large, in too many pieces, not allowed, not to be fetched.
     """
     if isinstance(source, Image.Image):
         with _decoding("the PIL image"):  # which may not have read its file yet
@@ -84,7 +105,11 @@ def open_image(
     data, name = _read(source, policy)
     if not data:
         raise ImageError(f"{name} is empty: it holds no picture")
-    with _decoding(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    file, formats = _File(data, name), policy.formats or FORMATS
+    with _decoding(name, formats), Image.open(file, formats=formats) as image:
+        if image.format in ("JPEG", "MPO") and _scans(data, file.tell()) > MOST_SCANS:
+            raise ImageError(f"{name} is a JPEG of more than {MOST_SCANS} scans: save it anew")
+        file.left = PIECES + len(data) // 64  # for the pixels
         return _to_rgb(image, name, policy, exif_orientation)
 
 
@@ -111,6 +136,30 @@ def _per_channel(numbers: tuple[float, float, float]) -> Tensor:
 def image_hash(pixels: Tensor) -> str:
     """SHA-256, in hex, of what `preprocess` returned: equal for equal pixels, wherever the picture came from."""
     return hashlib.sha256(pixels.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class _File(io.BytesIO):
+    """A picture's file, which may be read so many times more."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name, self.left = name, PIECES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ImageError(f"{self.name} is in too many pieces: save it anew, without comments and other metadata")
+        return super().read(size)
+
+
+def _scans(data: bytes, at: int) -> int:
+    """How often a JPEG goes over its pixels; `at` is behind the head of the first scan. Stops when it knows enough."""
+    scans, pieces = 1, 0
+    while scans <= MOST_SCANS and (marker := JPEG_MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+        pieces += 1
+        scans += MOST_SCANS if pieces > PIECES else marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _read(source: object, policy: ImagePolicy) -> tuple[bytes, str]:
@@ -173,22 +222,24 @@ def _from_base64(text: str, policy: ImagePolicy) -> bytes:
     # Measured before it is decoded; line breaks count too.
     if (len(text) - text[-2:].count("=")) * 3 // 4 > policy.max_bytes:
         raise ImageError(f"the base64 is over the limit of {policy.max_bytes} bytes of picture: send a smaller one")
+    for escaped, meant in ESCAPES.items():
+        text = text.replace(escaped, meant)
     try:
-        packed = b"".join(unquote_to_bytes(text).split())
+        packed = text.encode().translate(None, SPACE)
         return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
     except ValueError as error:
         raise ImageError(f"the picture's base64 cannot be decoded: {error}") from None
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(name: str, formats: Sequence[str] = FORMATS) -> Iterator[None]:
     """Pillow at work: its errors become ours."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}") from None
+        raise ImageError(f"{name} is not a picture in one of the formats {', '.join(formats)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name} has too many pixels: send a smaller one") from None
     except Exception as error:  # on damaged files, decoders raise whatever they stumbled over
@@ -205,6 +256,8 @@ def _to_rgb(image: Image.Image, name: str, policy: ImagePolicy, exif_orientation
         raise ImageError(
             f"{name} is {width} x {height}, over the limit of {policy.max_pixels} pixels: send a smaller one"
         )
+    if max(width, height) > MOST_SIDE:
+        raise ImageError(f"{name} is {width} x {height}, over the limit of {MOST_SIDE} pixels to a side")
     if exif_orientation:
         image = ImageOps.exif_transpose(image)
     values = np.clip(np.asarray(image), 0, 0xFFFF) if image.mode[0] == "I" else np.zeros(0)

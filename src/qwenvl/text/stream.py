@@ -30,6 +30,7 @@ class ReplyStream:
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), *, strip: bool = True) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._stop, self._strip = texts(stop), strip
+        self._longest = max(map(len, self._stop), default=0)
         self._held = ""
         self._begun = False
         self.stopped = False
@@ -49,8 +50,9 @@ class ReplyStream:
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
+        looked = max(len(self._held) - self._longest, 0)  # none begins before: it would have been found
         self._held += text
-        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        ends = [at for at in (self._held.find(stop, looked) for stop in self._stop) if at >= 0]
         if ends:
             self.stopped = True
             self._held = self._held[: min(ends)]
@@ -67,7 +69,11 @@ class ReplyStream:
 
     def _maybe_stop(self) -> int:
         """Length of the longest end of the held text with which a stop string begins."""
-        return max(
-            (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
-            default=0,
-        )
+        end = self._held[max(len(self._held) - self._longest + 1, 0) :]
+        longest = 0
+        for stop in self._stop:
+            at = end.find(stop[0], max(len(end) - len(stop) + 1, 0))
+            while at >= 0 and not stop.startswith(end[at:]):
+                at = end.find(stop[0], at + 1)
+            longest = max(longest, len(end) - at if at >= 0 else 0)
+        return longest
