@@ -35,6 +35,8 @@ DOCUMENTS = (
     "docs/parallel.md",
     "docs/benchmark.md",
     "docs/small-model.md",
+    "docs/serving.md",  # whose examples tests/serving/test_documents.py runs
+    "docs/deployment.md",
     "weights/tiny/README.md",
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
