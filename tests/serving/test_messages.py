@@ -291,6 +291,16 @@ def test_pieces_are_encoded_as_the_whole(small: Tokenizer) -> None:
     check_continuation(small)
 
 
+def test_regions_of_a_reply_that_goes_on_are_special(small: Tokenizer) -> None:
+    """What is gone on from has the ids that it will have in the history: region tags special, no other."""
+    found = result("1", "<ref>dog</ref><box>(1,2),(3,4)</box><img>x</img>")
+    begun = prompt_of(small, conversation_of([*ASKED[:2], found], TOOLS), Q).ids
+    later = prompt_of(small, conversation_of([*ASKED[:2], found, said("a"), user("b")], TOOLS), Q).ids
+    assert later[: len(begun)] == begun
+    assert small.box_start_id in begun
+    assert small.image_start_id not in begun
+
+
 def test_pieces_are_encoded_as_the_whole_by_the_real_vocabulary(reference_dir: Path) -> None:
     """The same, with the checkpoint's merges, some of which join line ends to what is before them."""
     check_continuation(Tokenizer(reference_dir / "hf"))
