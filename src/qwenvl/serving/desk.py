@@ -145,6 +145,7 @@ class Desk:
         return {
             self.box: gr.update(submit_btn=False, stop_btn=words.stop),
             self.chat: gr.update(editable=None),
+            self.download: gr.update(visible=False),
             **{component: gr.update(interactive=False) for component in self._resting},
         }
 

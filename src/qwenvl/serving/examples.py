@@ -46,5 +46,5 @@ EXAMPLES = (
     Example((49,), {"en": "Detect all objects.", "zh": "检测所有物体。"}),
     Example((42,), {"en": "Box all the yellow diamonds.", "zh": "框出所有黄色菱形。"}),
     Example((47,), {"en": "What does the text say?", "zh": "图中写了什么？"}),
-    Example((53, 52), {"en": "Which picture has more shapes?", "zh": "哪张图片的图形更多？"}),
+    Example((54, 49), {"en": "Which picture has more shapes?", "zh": "哪张图片的图形更多？"}),
 )

@@ -14,8 +14,9 @@ import html
 import io
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -41,6 +42,8 @@ from .wording import WORDINGS, Wording
 
 KEPT = 2 * 3600  # seconds that a picture's file stays
 DOWNLOADED = 2048  # pixels that the longer side of the annotated picture has at most
+# What Gradio imports at the first click if it is there, on the event loop, where everyone would wait for it.
+AHEAD = ("pandas", "matplotlib.pyplot")
 FONTS = ("system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif")
 NOTHING_TYPED: dict[str, Any] = {"text": "", "files": []}
 _log = logging.getLogger(__name__)
@@ -51,6 +54,9 @@ def mount_page(app: FastAPI, service: Service) -> FastAPI:
 
     Where the settings have API keys, the page asks for one of them.
     """
+    for name in AHEAD:
+        with suppress(ImportError):
+            import_module(name)
     keys = service.settings.api_keys
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("ui-monospace", "monospace")
@@ -177,12 +183,13 @@ class _Clerk:
     ) -> AsyncIterator[Updates]:
         """Answer the last of these rounds. If nothing comes of it, the page goes back to `before`."""
         *past, asked = rounds
-        marked = -1
+        marked = 0
         shown = {self.desk.chat: _value(messages_of(rounds)), self.desk.box: _value(NOTHING_TYPED)}
         yield _merged(self.desk.busy(words), shown)
         try:
             options = self.desk.options(chosen)
             picture = await self._latest_picture(rounds)
+            yield {self.desk.picture: _value(_shown(picture, "", words))}
             async with aclosing(answer(self.service, rounds, options)) as replies:
                 async for reply in replies:
                     asked = replace(asked, reply=reply)
