@@ -33,6 +33,7 @@ DOCUMENTS = (
     "docs/quantization.md",
     "docs/engine.md",
     "docs/parallel.md",
+    "docs/web.md",
     "docs/benchmark.md",
     "docs/small-model.md",
     "docs/serving.md",  # whose examples tests/serving/test_documents.py runs

@@ -7,6 +7,7 @@ takes the screenshots anew: the page with boxes, in Chinese, and on a phone.
 
 from __future__ import annotations
 
+import io
 import shutil
 import socket
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import qwenvl
@@ -132,8 +134,6 @@ def take_screenshots(folder: Path) -> None:
     with served(tiny_service()) as url, chromium() as browser:
         page = open_page(browser, url, DESK)
         begin_example(page, 0)
-        ask(page, "How many shapes are there?")
-        ask(page, "Detect all objects.")
         _shoot(page, folder / "web-desk.png")
         page = open_page(browser, url, DESK)
         switch_to_chinese(page)
@@ -141,14 +141,15 @@ def take_screenshots(folder: Path) -> None:
         _shoot(page, folder / "web-chinese.png")
         page = open_page(browser, url, PHONE)
         begin_example(page, 0)
-        page.locator("#chat").scroll_into_view_if_needed()
-        page.screenshot(path=folder / "web-phone.png", full_page=True)
+        _shoot(page, folder / "web-phone.png", full_page=True)
 
 
-def _shoot(page: Page, path: Path) -> None:
+def _shoot(page: Page, path: Path, *, full_page: bool = False) -> None:
+    """Write a small file: 256 colours are enough for a page."""
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
     page.wait_for_timeout(500)  # for what moves to come to rest
-    page.screenshot(path=path)
+    shot = Image.open(io.BytesIO(page.screenshot(full_page=full_page))).convert("RGB")
+    shot.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
