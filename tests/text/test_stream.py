@@ -1,5 +1,7 @@
 """Replies on their way: what was shown is never taken back, and the join is the reply."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,3 +125,13 @@ def test_any_ids(small: Tokenizer, ids: list[int]) -> None:
     """Ids that spell no text at all, as an untrained model gives them, stream to the same as they decode to."""
     assert "".join(stream(small, ids)[0]) == small.decode(ids).strip()
     assert "".join(stream(small, ids, strip=False)[0]) == small.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["the quick", "xxxxxxxxx", "         "])
+def test_stop_strings_cost_little(small: Tokenizer, text: str) -> None:
+    """Sixteen long ones took a millisecond of the thread that computes for all, with every id."""
+    stop = tuple("x" * 199 + letter for letter in "abcdefghijklmnop")
+    begun = time.process_time()
+    deltas, _ = stream(small, letters(text * 300), stop)
+    assert "".join(deltas) == (text * 300).strip()
+    assert time.process_time() - begun < 1
