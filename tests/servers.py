@@ -21,7 +21,7 @@ import qwenvl.generation.schedule
 from qwenvl.generation.request import Request
 from qwenvl.pipeline import Pipeline
 from qwenvl.serving.api import create_app
-from qwenvl.serving.server import listen
+from qwenvl.serving.server import config_of, listen
 from qwenvl.serving.service import Service
 from qwenvl.serving.settings import Settings
 from qwenvl.text.tokenizer import REGION_TAGS
@@ -37,7 +37,7 @@ class Running:
 
     def client(self, **more: Any) -> httpx.Client:
         """For plain requests."""
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **more)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False, **more)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         """One request of JSON."""
@@ -57,7 +57,9 @@ def running(pipeline: Pipeline, settings: Settings | None = None) -> Iterator[Ru
     """A server around a pipeline, until the end of the block."""
     service = Service(pipeline, settings)
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", timeout_graceful_shutdown=10))
+        config = config_of(create_app(service), service)
+        config.timeout_graceful_shutdown = 10
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         until(lambda: server.started)

@@ -4,11 +4,13 @@ import base64
 import contextlib
 import io
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hostile import file_of, hostile_pictures, odd_pictures, url_of
 from pictures import encoded, pixels_of, png, refused
 from PIL import Image
 
@@ -186,3 +188,38 @@ def test_the_server_reads_neither_files_nor_urls(tmp_path: Path) -> None:
     text = base64.b64encode(encoded()).decode()
     for source in (encoded(), io.BytesIO(encoded()), f"data:image/png;base64,{text}", text):
         assert open_image(source, SERVER_POLICY).size == (4, 2)
+
+
+# ---- files that cost more than pictures do
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_file_costs_little() -> None:
+    """Comments in pieces took quadratic time (minutes for a megabyte), scans went over all pixels thousands of times, a
+    side of forty million pixels took two gigabytes to resize: all of them small files that Pillow reads.
+    """
+    for name, data in hostile_pictures().items():
+        if name in ("BMP", "TIFF", "PPM"):
+            assert open_image(data).size == (8, 8)
+            continue
+        begun = time.process_time()
+        refused(data)
+        assert time.process_time() - begun < 3, name
+    for data in odd_pictures().values():
+        assert open_image(data).getpixel((0, 0)) == open_image(url_of(data)).getpixel((0, 0))
+
+
+def test_a_server_reads_few_formats() -> None:
+    """Those of OpenAI's: Pillow's readers of others are partly in Python, and 16 MB of PPM took them half a minute."""
+    for kind in ("BMP", "PPM", "TIFF"):
+        assert "GIF, JPEG, PNG, WEBP" in refused(file_of(Image.new("RGB", (2, 2)), kind), SERVER_POLICY)
+    for kind in ("GIF", "JPEG", "PNG", "WEBP"):
+        assert open_image(file_of(Image.new("RGB", (2, 2)), kind), SERVER_POLICY).size == (2, 2)
+
+
+def test_a_data_url_costs_little() -> None:
+    """Percent signs alone, and base64 in many words: they took gigabytes and twenty seconds."""
+    begun = time.process_time()
+    for text in ("%" * 8_000_000, "%41" * 3_000_000, "A " * 4_000_000, "%2B" * 3_000_000):
+        refused("data:image/png;base64," + text)
+    assert time.process_time() - begun < 3

@@ -1,7 +1,8 @@
 """The server's process: it listens, says where, and leaves when it is told to, once what runs has ended.
 
-listen   a socket, before anything that takes long
-serve    answer until a signal comes
+listen      a socket, before anything that takes long
+serve       answer until a signal comes
+config_of   how uvicorn is set up
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import webbrowser
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ConfigError
 from .service import Service
 
 CONNECTIONS = 1000  # at once; more are told 503
+HEAD_TIMEOUT = 20.0  # seconds for a request's head to arrive: idle connections are closed then
+READ_TIMEOUT = 60.0  # seconds for a client to read some of what waits for it
 LEAVING = 0.3  # seconds for the last words to reach those who read them
 
 
@@ -60,14 +65,60 @@ def serve(
         if inbrowser:
             webbrowser.open(url)
 
-    config = uvicorn.Config(
+    _Server(config_of(app, service), service, started).run(sockets=[listening])
+
+
+def config_of(app: FastAPI, service: Service) -> uvicorn.Config:
+    """How uvicorn is set up."""
+    return uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(service.settings.grace) + 5,
         server_header=False,
     )
-    _Server(config, service, started).run(sockets=[listening])
+
+
+class Connection(H11Protocol):
+    """A connection as uvicorn has it, but for no longer than a client keeps it busy.
+
+    Else as many silent clients as there may be connections would shut all others out. Of uvicorn's two parsers this is
+    the one that bounds the size of a request's head: to 64 KB.
+    """
+
+    _waiting: asyncio.TimerHandle | None = None  # for a head
+    _stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting = self.loop.call_later(HEAD_TIMEOUT, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:  # it has arrived
+            _cancel(self._waiting)
+            self._waiting = None
+        elif self._waiting is None:
+            self._waiting = self.loop.call_later(HEAD_TIMEOUT, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _cancel(self._waiting, self._stuck)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        _cancel(self._stuck)
+        super().resume_writing()
+
+
+def _cancel(*timers: asyncio.TimerHandle | None) -> None:
+    for timer in timers:
+        if timer is not None:
+            timer.cancel()
 
 
 class _Server(uvicorn.Server):
