@@ -48,6 +48,7 @@ TROUBLE: dict[int | str, dict[str, Any]] = {
         (408, "The body came too slowly"),
         (413, "The body is too large"),
         (415, "The body is not JSON"),
+        (421, "Not a name of this server"),
         (429, "Too much at once: try again later"),
         (500, "The answer failed"),
         (503, "The server is stopping"),
@@ -162,6 +163,10 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Refused(
+                400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
+            ).response
         where = ".".join(str(step) for step in first["loc"][1:])
         return Refused(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None).response
 

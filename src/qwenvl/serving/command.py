@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let its pages call the API"
     )
     group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this name (default: on 127.0.0.1 without keys, to localhost alone; else to any)",
+    )
+    group.add_argument(
         "--allow-domain", action="append", default=[], metavar="HOST", help="fetch pictures from this host's URLs"
     )
     group = parser.add_argument_group("limits")
@@ -108,6 +115,13 @@ def settings_of(given: argparse.Namespace) -> Settings:
     return Settings(
         **{name: getattr(given, name) for name in FLAGS},
         api_keys=tuple(keys),
+        hosts=tuple(given.allow_host) or _hosts(given.host, known=bool(keys) or given.share),
         cors_origins=tuple(given.cors_origin),
         allowed_domains=tuple(given.allow_domain),
     )
+
+
+def _hosts(address: str, known: bool) -> tuple[str, ...]:
+    """What a server answers to if nobody says: on an address of this machine alone, to `localhost` (see `guard`)."""
+    own = address in ("localhost", "::1") or address.startswith("127.")
+    return ("localhost",) if own and not known else ()

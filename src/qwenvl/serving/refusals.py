@@ -1,7 +1,7 @@
 """What a client is told when it does not get an answer, in OpenAI's JSON shape.
 
-Refused                        the exception; routes, middleware and streams all raise it
-mistake, stopping, too_late    some that are told in several places
+Refused                                  the exception; routes, middleware and streams all raise it
+mistake, stopping, too_late, too_long    some that are told in several places
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ KINDS = {
     408: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    421: "invalid_request_error",
     429: "rate_limit_error",
 }
 
@@ -74,6 +75,15 @@ def too_late() -> Refused:
     return Refused(504, "the answer took longer than this server allows", code="timeout")
 
 
+def too_long(context: int, what: str) -> Refused:
+    """The prompt has no room in the context."""
+    return Refused(
+        400,
+        f"the model's context is {context} tokens here, and the prompt alone {what}: shorten it",
+        code="context_length_exceeded",
+    )
+
+
 def _line(text: str) -> str:
-    one = " ".join(printable(text).split())
+    one = " ".join(printable(text[: 2 * SHOWN]).split())
     return (one if len(one) <= SHOWN else one[: SHOWN - 3] + "...").encode("utf-8", "replace").decode()

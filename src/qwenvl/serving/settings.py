@@ -21,7 +21,7 @@ class Settings:
     timeout               from a request's arrival to the end of its answer
     body_timeout          for a request's body to arrive
     grace                 what runs when the server is told to stop may go on for so long
-    max_body_bytes        of a request
+    max_body_bytes        of a request; of all that are being answered, sixteen times as many
     max_images            of a request, its whole conversation
     max_image_bytes       of a picture's file
     max_image_pixels      width times height, looked up in the header before anything is decoded
@@ -29,6 +29,7 @@ class Settings:
     allowed_domains       hosts (and their subdomains) that pictures may be fetched from; none by default
     fetch_timeout         of such a fetch, redirects included
     api_keys              if there are any, `/v1` asks for one of them, and so does the page
+    hosts                 names by which the server may be asked, beside its addresses; any, if there are none
     cors_origins          whose pages may call the API from a browser; none by default
     """
 
@@ -47,6 +48,7 @@ class Settings:
     allowed_domains: tuple[str, ...] = ()
     fetch_timeout: float = 10.0
     api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
