@@ -6,13 +6,13 @@ answer_chat   one request, whole or as events
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import Request
 
 from .answers import Answer, Question
-from .messages import conversation_of, prompt_of
+from .messages import Conversation, conversation_of, prompt_of
 from .react import STOP, Call, ReactStream, reply_prefix, tools_of
 from .refusals import Refused
 from .replies import (
@@ -55,6 +55,7 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest) ->
 
     def make() -> list[Question]:
         conversation = conversation_of([message.model_dump() for message in asked.messages], given, choice)
+        service.require_room(sum(map(len, _texts(conversation))))
         prompt = prompt_of(service.tokenizer, conversation, service.pipeline.config.visual.n_queries)
         return [Question(prompt, options, count, stop=stop, top=top)]
 
@@ -71,6 +72,13 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest) ->
         choices=[_choice(service, answer, reader) for answer, reader in zip(answers, readers, strict=True)],
         usage=usage_of(answers),
     )
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    yield from (conversation.system, conversation.reply_begun)
+    parts = [*conversation.query, *(part for turn in conversation.history for part in turn.parts)]
+    yield from (part["text"] for part in parts if "text" in part)
+    yield from (turn.reply or "" for turn in conversation.history)
 
 
 def _choice(service: Service, answer: Answer, reader: ReactStream | None) -> ChatChoice:

@@ -51,6 +51,8 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     pictures = [{"image": _url(image)} for image in asked.images or ()]
 
     def make() -> list[Question]:
+        for text in prompts:
+            service.require_room(len(text))
         n_queries = service.pipeline.config.visual.n_queries
         return [
             Question(

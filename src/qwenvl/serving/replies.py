@@ -29,6 +29,7 @@ from .schema import ChatRequest, CompletionRequest, PromptDetails, TokenInfo, To
 from .service import Service
 
 Result = TypeVar("Result")
+COLD = 1e-4  # a temperature below is greedy, as 0 is: scores divided by it may leave float32's range
 OPTIONS = ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
@@ -103,7 +104,7 @@ def options_of(service: Service, asked: ChatRequest | CompletionRequest, max_tok
     """Sampling options: the checkpoint's, with what was asked for in their place. A temperature of 0 is greedy."""
     given = {name: value for name in OPTIONS if (value := getattr(asked, name)) is not None}
     if "temperature" in given:
-        given["do_sample"] = given["temperature"] > 0
+        given["do_sample"] = given["temperature"] >= COLD
         if not given["do_sample"]:
             del given["temperature"]
     return SamplingOptions.from_config(service.pipeline.generation_config, max_new_tokens=max_tokens, **given)

@@ -160,7 +160,7 @@ class _Sampling(_Asked):
     stop: Annotated[str, Field(min_length=1, max_length=200)] | Stop | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Not OpenAI's.")
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(None, description="Not OpenAI's.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

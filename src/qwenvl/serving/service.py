@@ -20,6 +20,7 @@ from pathlib import Path
 
 import anyio
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, ImageError, PromptError
 from ..pictures import pixels_of
@@ -27,7 +28,7 @@ from ..pipeline import Pipeline
 from ..text.tokenizer import VOCABULARY_FILE
 from .answers import Answer, Delta, Question
 from .metrics import Metrics
-from .refusals import RETRY, Refused, mistake, stopping, too_late
+from .refusals import RETRY, Refused, mistake, stopping, too_late, too_long
 from .settings import Settings
 
 PREPARING = max(os.cpu_count() or 1, 4)  # threads that open pictures and encode texts; some wait for the network
@@ -173,27 +174,34 @@ class Service:
         """In a thread: open the pictures, and give the questions to the engine."""
         policy, size = self.settings.policy, self.pipeline.config.visual.image_size
         answers: list[Answer] = []
+        opened: dict[tuple[int, ...], list[Tensor]] = {}  # the prompts of a request share their pictures
         try:
             for question in make():
                 if len(question.prompt.images) > self.settings.max_images:
                     raise PromptError(f"a request may show {self.settings.max_images} pictures in all")
                 if len(question.prompt.ids) >= self.engine.max_length:
-                    raise Refused(
-                        400,
-                        f"the model's context is {self.engine.max_length} tokens here, and the prompt alone takes "
-                        f"{len(question.prompt.ids)}: shorten it",
-                        code="context_length_exceeded",
-                    )
-                pixels = [found for _, found in pixels_of(question.prompt, question.images, size, policy)]
+                    raise too_long(self.engine.max_length, f"takes {len(question.prompt.ids)}")
+                which = tuple(map(id, question.prompt.images))
+                if which not in opened:
+                    found = pixels_of(question.prompt, question.images, size, policy)
+                    opened[which] = [pixels for _, pixels in found]
                 for number in range(question.n):
                     answer = Answer(len(answers), self.tokenizer, question, begun)
-                    answer.ask(self.engine, question, pixels, number)
+                    answer.ask(self.engine, question, opened[which], number)
                     answers.append(answer)
         except BaseException:
             for answer in answers:
                 answer.close()
             raise
         return answers
+
+    def require_room(self, characters: int) -> None:
+        """For a prompt whose text cannot fit, before it takes seconds to encode. Raises Refused.
+
+        Of up to four characters, normalisation makes one.
+        """
+        if characters > 4 * self.engine.max_length * self.tokenizer.longest:
+            raise too_long(self.engine.max_length, f"has {characters} characters")
 
     # ---- computing
 

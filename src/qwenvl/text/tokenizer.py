@@ -131,6 +131,11 @@ class Tokenizer:
         return len(self._bytes)
 
     @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: so many characters, once normalised, are at least one id."""
+        return max(map(len, self._bytes))
+
+    @cached_property
     def _one_piece(self) -> tiktoken.Encoding:
         """The same merges for a run of white space taken as one piece; built when first needed."""
         return tiktoken.Encoding("qwen-spaces", pat_str=r"\s+", mergeable_ranks=self._ranks, special_tokens={})
