@@ -307,11 +307,11 @@ def test_the_systems_chinese_font_is_found(tmp_path: Path, monkeypatch: pytest.M
     folder.mkdir(parents=True)
     (folder / "Unknown.ttf").write_bytes(font_with(DOG + CAT))
     (folder / "NotoSansCJK-Bold.ttc").write_bytes(font_with(DOG))
-    (folder / "NotoSansCJK-Regular.ttc").write_bytes(b"damaged")
+    (folder / "NotoSansCJK-Regular.otf").write_bytes(b"damaged")  # Pillow would look for a .ttc in the system
     (folder / "msyh.ttc").write_bytes(font_with(DOG + CAT))
     monkeypatch.setattr(module, "FONT_FOLDERS", (str(tmp_path / "missing"), str(tmp_path / "fonts")))
     assert [path.name for path in module._chinese_fonts(module.FONT_FOLDERS)] == [
-        *("NotoSansCJK-Regular.ttc", "NotoSansCJK-Bold.ttc", "msyh.ttc")
+        *("NotoSansCJK-Regular.otf", "NotoSansCJK-Bold.ttc", "msyh.ttc")
     ]
     assert Path(str(module._font(None, 14, {DOG}).path)).name == "NotoSansCJK-Bold.ttc"
     assert Path(str(module._font(None, 14, {DOG, CAT}).path)).name == "msyh.ttc"

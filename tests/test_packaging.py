@@ -129,7 +129,7 @@ def test_constraints_pin_what_is_asked_for() -> None:
         re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", text("constraints.txt"), re.M)
     }
     named = set(re.findall(r'^    "([\w-]+)>=', text("pyproject.toml"), re.MULTILINE))
-    (dev,) = re.findall(r"^dev = \[(.*)\]", text("pyproject.toml"), re.MULTILINE)
+    (dev,) = re.findall(r"^dev = \[(.*?)^\]", text("pyproject.toml"), re.MULTILINE | re.DOTALL)
     named |= set(re.findall(r"""["']([a-z][\w-]+)>=""", dev) + re.findall(r'"([a-z][\w-]+)"', dev))
     assert named > REQUIREMENTS
     assert {re.sub(r"[-_.]+", "-", name) for name in named} <= pinned
