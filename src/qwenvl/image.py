@@ -119,14 +119,26 @@ def preprocess(
     """Pixels for the vision tower: float32 [3, S, S] with S = `size`, the configuration's `visual.image_size`.
 
     As the reference: resized to a square without regard to the aspect ratio, with Pillow's bicubic filter on 8-bit
-    RGB, then scaled to 0..1 and normalised by MEAN and STD. Arguments and errors are those of `open_image`.
+    RGB, then scaled to 0..1 and normalised by MEAN and STD. The same with every version of Pillow. Arguments and errors
+    are those of `open_image`.
     """
     if size < 1:
         raise ImageError(f"size must be at least 1 pixel, not {size}")
     picture = open_image(image, policy, exif_orientation=exif_orientation)
-    resized = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))  # [S, S, 3]
+    resized = np.array(_square(picture, size))  # [S, S, 3]
     pixels = torch.from_numpy(resized).permute(2, 0, 1).to(torch.float32) / 255  # [3, S, S]
     return ((pixels - _per_channel(MEAN)) / _per_channel(STD)).contiguous()
+
+
+def _square(picture: Image.Image, size: int) -> Image.Image:
+    """The picture as S x S pixels, one side after the other.
+
+    Between the two, values are rounded to 8 bits, so it matters which is first. Before version 13, Pillow always began
+    with the width; this is the choice of 13, with which the reference's numbers were made.
+    """
+    height_first = picture.height - size > max(2 * (picture.width - size), 0)
+    between = (picture.width, size) if height_first else (size, picture.height)
+    return picture.resize(between, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _per_channel(numbers: tuple[float, float, float]) -> Tensor:
