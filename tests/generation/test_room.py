@@ -190,5 +190,12 @@ def test_an_engine_takes_what_fits(model: QwenVL, tokens: int, rows: int, monkey
     """Where nobody says how many rows, a fifth of the free memory stays free, and one row is tried in any case."""
     monkeypatch.setattr(room, "_free_bytes", lambda _: tokens * TOKEN)
     assert room.fitting_rows(model, 64) == rows
-    monkeypatch.setattr(room, "_free_bytes", lambda _: None)
-    assert room.fitting_rows(model, 64) == 8
+
+
+@pytest.mark.parametrize(("little", "rows"), [(64 * 20, 20), (64 * 5, 8), (64 * 1000, 32)])
+def test_a_small_models_engine_has_more_rows_on_a_cpu(
+    model: QwenVL, little: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as take a little memory, and at least 8."""
+    monkeypatch.setattr(room, "LITTLE", little * TOKEN)
+    assert room.fitting_rows(model, 64) == rows

@@ -81,7 +81,7 @@ class Engine:
 
     Args:
         rows: requests that are computed at once; each has a row of the cache. Default: 32 on a GPU, or as many as its
-            free memory has room for, and 8 elsewhere.
+            free memory has room for; 8 elsewhere, or of a small model up to 32.
         max_length: tokens of a row, prompt and answer together; default, the length that the model was trained for.
         chunk: tokens of prompts computed between two steps of those that decode; default by device and size.
         stop_ids: what ends an answer, unless a request says otherwise.

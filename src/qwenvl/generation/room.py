@@ -20,6 +20,8 @@ from ..errors import CacheError
 from ..model.cache import KVCache
 from ..model.qwenvl import QwenVL
 
+LITTLE = 2**29  # bytes of a cache that nobody misses
+
 
 def allocate(model: QwenVL, batch: int, max_length: int) -> KVCache:
     """An empty cache of `batch` rows with `max_length` slots each, where the model is. Raises CacheError."""
@@ -31,11 +33,13 @@ def allocate(model: QwenVL, batch: int, max_length: int) -> KVCache:
 
 
 def fitting_rows(model: QwenVL, length: int) -> int:
-    """As many rows as leave a fifth of a GPU's free memory to what is computed with them, up to 32; 8 elsewhere."""
-    free = _free_bytes(model.decoder.wte.weight.device)
-    if free is None:
-        return 8
-    return min(max(free * 4 // 5 // (_cache_bytes(model) * length), 1), 32)
+    """As many rows as leave a fifth of a GPU's free memory to what is computed with them, up to 32.
+
+    Elsewhere 8, where arithmetic is the limit, or of a small model as many more as take half a gigabyte.
+    """
+    row, free = _cache_bytes(model) * length, _free_bytes(model.decoder.wte.weight.device)
+    least, room = (8, LITTLE) if free is None else (1, free * 4 // 5)
+    return min(max(room // row, least), 32)
 
 
 @contextmanager

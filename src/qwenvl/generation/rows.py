@@ -39,6 +39,7 @@ class Rows:
         self._known = np.zeros(cache.batch, np.int64)  # tokens of each row that are computed and noted in `_texts`
         self._left = np.zeros(cache.batch, np.int64)  # when it was left, by counting
         self._current = np.zeros(cache.batch, bool)  # computed by the weights that there are now
+        self._states = (self._texts, self._known, self._left, self._current)
         self._departures = 0
 
     @property
@@ -60,11 +61,10 @@ class Rows:
             self._swap(source, row)
             self.view(row).rewind([kept], prompt_lengths=[len(request.prompt)])
         else:
-            self._swap(oldest, row)
-            source = {row: oldest, oldest: row}.get(source, source)
+            self._move(row, oldest)
             self.view(row).rewind([0])
             if kept:
-                self.view(row).copy_from(self.view(source), kept)
+                self.view(row).copy_from(self.view(oldest if source == row else source), kept)
         request.row, request.done = row, kept
         self._texts[row, : len(wanted)] = wanted
         self._known[row], self._current[row] = kept, True
@@ -153,14 +153,20 @@ class Rows:
 
     def _longest(self, wanted: Signs, prompt_length: int) -> tuple[int, int]:
         """The row that holds most of a prompt's beginning, under the NTK alpha that the prompt has, and how much."""
-        kept = [
-            reusable(self._texts[row, :known], wanted)
-            if known and self._current[row] and self.cache.fits(row, prompt_length)
-            else 0
-            for row, known in enumerate(self._known.tolist())
-        ]
-        source = int(np.argmax(kept))
-        return source, kept[source]
+        length = len(wanted) - 1
+        same = (self._texts[:, :length] == wanted[:length]) & (np.arange(length) < self._known[:, None])
+        agreeing = np.logical_and.accumulate(same, axis=1).sum(axis=1) * self._current
+        for row in np.argsort(-agreeing, kind="stable")[: np.count_nonzero(agreeing)].tolist():
+            if self.cache.fits(row, prompt_length):
+                return row, reusable(self._texts[row, : self._known[row]], wanted)
+        return 0, 0
+
+    def _move(self, row: int, place: int) -> None:
+        """Have a free row's text lie in another one's place, whose own is forgotten."""
+        if row != place:
+            self.view(place).copy_from(self.view(row), int(self._known[row]))
+            for state in self._states:
+                state[place] = state[row]
 
     def _swap(self, a: int, b: int) -> None:
         """Let two rows change places, and whoever has them."""
@@ -168,7 +174,7 @@ class Rows:
             return
         self.cache.reorder([b, a], places=[a, b])
         self.next_ids[[a, b]] = self.next_ids[[b, a]]
-        for state in (self._texts, self._known, self._left, self._current):
+        for state in self._states:
             state[[a, b]] = state[[b, a]]
         if max(a, b) < len(self.requests):
             for row, request in ((b, self.requests[a]), (a, self.requests[b])):

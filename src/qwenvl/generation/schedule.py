@@ -42,15 +42,13 @@ class Scheduler:
         self._unread: deque[tuple[Chosen, list[Request]]] = deque()
         self._steppers: dict[int, Stepper] = {}
         self._stamp: Stamp = ()
+        self._looked = -1  # at the weights: before this step
         self._said = -1  # ids that the requests had when everything was last computed anew
 
     def admit(self, request: Request) -> None:
         """Give a request a free row."""
-        if self._stamp != (stamp := weights_stamp(self.model)):
-            self.rows.forget()
-            self._prompts.forget()
-            self._steppers.clear()  # what they have captured reads the weights that were
-            self._stamp = stamp
+        if self._looked != self.steps:  # once before a step, since it takes a while
+            self._look_at_weights()
         self.rows.take(request)
         self._turns.append(request)
 
@@ -77,7 +75,7 @@ class Scheduler:
         requests = self.rows.clear()
         said = sum(len(request.ids) for request in requests)
         hopeless = isinstance(error, Exception) and self._said == said
-        self._said = said
+        self._said, self._looked = said, -1
         self._turns.clear()
         self._unread.clear()
         for request in requests or ([first] if first is not None and hopeless else []):
@@ -98,6 +96,15 @@ class Scheduler:
             request.pictures = ()
             # Before the first id, nobody has seen whether what was computed are numbers.
             self.rows.leave(request, erase=request.error is not None or not (request.ids or request.scores))
+
+    def _look_at_weights(self) -> None:
+        """Forget what was computed by others than there are now."""
+        self._looked = self.steps
+        if self._stamp != (stamp := weights_stamp(self.model)):
+            self.rows.forget()
+            self._prompts.forget()
+            self._steppers.clear()  # what they have captured reads the weights that were
+            self._stamp = stamp
 
     def _compute_prompts(self) -> None:
         """Spend the step's tokens on prompts. Behind the first, only on those that can be ended with what is left."""

@@ -7,6 +7,7 @@ Delta      the text that some new ids have made certain
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ class Answer:
         text: what has been read so far.
         begun, first_at: when the question arrived and the first id came, by `time.monotonic`.
         cut_because: it ended before its end, and why.
+        news: of whoever reads it; set when there is something to read.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Answer:
     def __init__(self, index: int, tokenizer: Tokenizer, question: Question, begun: float) -> None:
         self.index, self.text, self.begun, self.first_at = index, "", begun, None
         self.cut_because: Cut | None = None
+        self.news: asyncio.Event | None = None
         self._stream = ReplyStream(tokenizer, question.stop, strip=question.strip)
         self._arrived: deque[str] = deque()  # the text of each id that has not been read
         self._read = 0
@@ -113,6 +116,11 @@ class Answer:
         text = self._stream.flush()
         self.text += text
         return Delta(self.index, text, range(self._read, self._read)) if text else None
+
+    @property
+    def has_news(self) -> bool:
+        """It goes on, or has ended, and somebody who reads it does not know that yet."""
+        return bool(self._arrived) or self.request.finish_reason is not None
 
     @property
     def shown(self) -> range:

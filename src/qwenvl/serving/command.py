@@ -10,6 +10,7 @@ What it needs is imported when it begins, for the sake of `--help`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ EPILOG = """examples:
   qwenvl serve --host 0.0.0.0 --api-keys keys.txt --cors-origin https://example.com --allow-domain images.example.com
 
 Ask it like any server of OpenAI's API; docs/serving.md has examples."""
+SMALL = 20_000_000  # weights
 FLAGS = (
     *("name", "rows", "max_length", "queue", "timeout", "grace"),
     *("max_images", "max_image_pixels", "max_body_bytes"),
@@ -91,13 +93,26 @@ def run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipeline
         from .api import create_app
         from .service import Service
 
-        service = Service(load(given), settings)
+        service = Service(_in_one_thread(load(given)), settings)
         app = create_app(service)
         if web := given.web or given.share or given.inbrowser:
             from .web import mount_page
 
             app = mount_page(app, service)
         serve(app, service, listening, web=web, share=given.share, inbrowser=given.inbrowser)
+
+
+def _in_one_thread(pipeline: Pipeline) -> Pipeline:
+    """A small model on a CPU is computed in one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its products are too small to be shared out, and the other cores have pictures and clients to see to.
+    """
+    import torch
+
+    weights = sum(weight.numel() for weight in pipeline.model.parameters())
+    if pipeline.device.type == "cpu" and weights < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return pipeline
 
 
 def settings_of(given: argparse.Namespace) -> Settings:

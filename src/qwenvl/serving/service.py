@@ -31,7 +31,10 @@ from .metrics import Metrics
 from .refusals import RETRY, Refused, mistake, stopping, too_late, too_long
 from .settings import Settings
 
-PREPARING = max(os.cpu_count() or 1, 4)  # threads that open pictures and encode texts; some wait for the network
+# Threads that open pictures and encode texts: more than cores would only take them from the one that computes, unless
+# some wait for the network.
+CORES = os.cpu_count() or 1
+FETCHING = 8
 _log = logging.getLogger(__name__)
 
 
@@ -62,8 +65,8 @@ class Service:
         self._stopping = self._closing = False
         self._open: set[Answer] = set()
         self._preparing = 0  # answers that have been admitted and not been given to the engine yet
-        self._news = asyncio.Event()  # of the next step
-        self._pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
+        threads = max(CORES, FETCHING) if self.settings.allowed_domains else CORES
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
 
@@ -140,25 +143,32 @@ class Service:
 
     async def deltas(self, *answers: Answer) -> AsyncIterator[Delta]:
         """What comes of answers, as it comes. Raises Refused where one fails, takes too long, or the server stops."""
-        going = list(answers)
-        while going:
-            news, came = self._news, False  # taken before we look: what comes later sets it
-            for answer in list(going):
-                ended = answer.request.finish_reason is not None
-                delta = answer.arrival()
-                if delta is None and ended:
-                    going.remove(answer)
-                    delta = answer.rest()
-                if delta is not None:
-                    came = True
-                    yield delta
-            if going and not came:
-                deadline = going[0].begun + self.settings.timeout
-                with anyio.move_on_after(max(deadline - time.monotonic(), 0)) as waiting:
+        going, news = list(answers), asyncio.Event()
+
+        def late() -> None:
+            for answer in going:
+                answer.cut("late")
+            news.set()
+
+        for answer in answers:
+            answer.news = news
+        deadline = answers[0].begun + self.settings.timeout
+        timer = self._loop.call_later(max(deadline - time.monotonic(), 0), late)
+        try:
+            while going:
+                news.clear()  # before we look: what comes later sets it
+                for answer in list(going):
+                    ended = answer.request.finish_reason is not None
+                    if (delta := answer.arrival()) is not None:
+                        yield delta
+                    if ended:
+                        going.remove(answer)
+                        if (delta := answer.rest()) is not None:
+                            yield delta
+                if going:
                     await news.wait()
-                if waiting.cancelled_caught:
-                    for answer in going:
-                        answer.cut("late")
+        finally:
+            timer.cancel()
 
     def _admit(self, count: int) -> None:
         if self.failure is not None:
@@ -223,9 +233,10 @@ class Service:
         self._tell()
 
     def _tell(self) -> None:
-        """Wake those who wait for ids, and forget the answers that have ended."""
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        """Wake those for whose answers there is news, and forget the answers that have ended."""
+        for answer in self._open:
+            if answer.news is not None and answer.has_news:
+                answer.news.set()
         for answer in [answer for answer in self._open if answer.request.finish_reason is not None]:
             self._open.discard(answer)
             self.metrics.ended(answer)
