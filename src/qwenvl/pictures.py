@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import TypeAlias
 
 from PIL import Image
@@ -37,8 +37,18 @@ def stored(part: Part, store: PictureStore, policy: ImagePolicy) -> Part:
     return {**part, "image": name}
 
 
-def pixels_of(prompt: Prompt, store: PictureStore, size: int, policy: ImagePolicy) -> list[tuple[str, Tensor]]:
-    """Hash and pixels [3,size,size] of every picture of a prompt, in order. Raises PromptError, ImageError."""
+def pixels_of(
+    prompt: Prompt,
+    store: PictureStore,
+    size: int,
+    policy: ImagePolicy,
+    *,
+    look: Callable[[Image.Image], None] = lambda _: None,
+) -> list[tuple[str, Tensor]]:
+    """Hash and pixels [3,size,size] of every picture of a prompt, in order. Raises PromptError, ImageError.
+
+    `look` sees each of them when it has been opened, before the next one is.
+    """
     pictures = []
     for source in prompt.images:
         picture = store.get(source) if isinstance(source, str) else None
@@ -48,6 +58,7 @@ def pixels_of(prompt: Prompt, store: PictureStore, size: int, policy: ImagePolic
             picture = open_image(source, policy)
             if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
                 store[source] = picture  # fetched once for as long as the store is kept, not once a round
+        look(picture)
         pixels = preprocess(picture, size, policy)
         pictures.append((image_hash(pixels), pixels))
     return pictures

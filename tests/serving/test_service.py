@@ -20,7 +20,9 @@ import pytest
 from servers import Running, data_url, picture, running, slowly, until
 
 import qwenvl.generation.schedule
+import qwenvl.pictures
 from qwenvl.pipeline import Pipeline
+from qwenvl.serving.service import CORES
 from qwenvl.serving.settings import Settings
 
 LONG = {"max_tokens": 1000}
@@ -236,26 +238,75 @@ def test_pictures_are_prepared_beside_the_steps(pipeline: Pipeline) -> None:
     assert answers == [200] * 8
 
 
+def shows(count: int) -> list[dict[str, Any]]:
+    """A message with so many pictures."""
+    part = {"type": "image_url", "image_url": {"url": data_url(picture("green"))}}
+    return [{"role": "user", "content": [part] * count}]
+
+
+@contextmanager
+def opening(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[int], threading.Event]]:
+    """Pictures are opened one by one, while the event is set; gives those that have begun."""
+    begun: list[int] = []
+    go = threading.Event()
+    preprocess = qwenvl.pictures.preprocess
+
+    def wait(*arguments: Any) -> Any:
+        begun.append(1)
+        go.wait(20)
+        return preprocess(*arguments)
+
+    monkeypatch.setattr(qwenvl.pictures, "preprocess", wait)
+    try:
+        yield begun, go
+    finally:
+        go.set()
+
+
 def test_who_leaves_while_pictures_are_prepared_leaves_nothing(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request that a thread still makes is closed when it is there, and its place given back."""
-    go = threading.Event()
-    with running(pipeline, Settings(rows=1, queue=1)) as server:
-        submit = server.service._submit
-
-        def wait(*arguments: Any) -> Any:
-            go.wait(10)
-            return submit(*arguments)
-
-        monkeypatch.setattr(server.service, "_submit", wait)
-        with hanging(server, 2):
-            until(lambda: server.service.busy == 2)
-        time.sleep(0.1)
-        assert server.chat().status_code == 429  # the threads are still at it
+    """Requests that wait for a thread are gone at once; of those that have one, no further picture is opened."""
+    with running(pipeline, Settings(rows=4)) as server, opening(monkeypatch) as (begun, go):
+        with hanging(server, CORES + 3, messages=shows(8)):
+            until(lambda: len(begun) == CORES and server.service.busy == CORES + 3)
+        until(lambda: server.service.busy == CORES)
         go.set()
         until(lambda: server.service.busy == 0)
+        assert len(begun) == CORES
         until(lambda: server.service.engine.load.active == server.service.engine.load.waiting == 0)
+
+
+def test_texts_do_not_wait_for_pictures(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question without a picture is answered while all threads open others' pictures."""
+    with running(pipeline, Settings(rows=4)) as server, opening(monkeypatch) as (begun, _):
+        with hanging(server, CORES + 1, messages=shows(1)):
+            until(lambda: len(begun) == CORES)
+            assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_what_is_prepared_beyond_the_grace_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose pictures are being opened, and those who wait for that, hear that the server stops, and are counted."""
+    count = CORES + 2
+    with opening(monkeypatch) as (begun, go), concurrent.futures.ThreadPoolExecutor(count) as pool:
+        with running(pipeline, Settings(rows=4, grace=0.2)) as server:
+            asked = [pool.submit(server.chat, messages=shows(2)) for _ in range(count)]
+            until(lambda: len(begun) == CORES and server.service.busy == count)
+            threading.Timer(0.5, go.set).start()
+        answers = [answer.result() for answer in asked]
+    assert [answer.status_code for answer in answers] == [503] * count
+    assert {answer.json()["error"]["code"] for answer in answers} == {"stopping"}
+    assert server.service.cut == count
+
+
+def test_pixels_of_a_request_are_bounded(pipeline: Pipeline) -> None:
+    """Each picture is within the limit; four times as many pixels are too many in all."""
+    settings = Settings(max_image_pixels=1200, max_images=8)  # one of these pictures
+    with running(pipeline, settings) as server:
+        assert server.chat(messages=shows(4), max_tokens=2).status_code == 200
+        answer = server.chat(messages=shows(5), max_tokens=2)
+    assert answer.status_code == 400
+    assert "4800 pixels in all" in answer.json()["error"]["message"]
 
 
 def test_a_dead_engine_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,10 +61,11 @@ class Rows:
             self._swap(source, row)
             self.view(row).rewind([kept], prompt_lengths=[len(request.prompt)])
         else:
-            self._move(row, oldest)
+            self._move(row, oldest)  # over the text that has been free longest
+            source = oldest if source == row else source
             self.view(row).rewind([0])
             if kept:
-                self.view(row).copy_from(self.view(oldest if source == row else source), kept)
+                self.view(row).copy_from(self.view(source), kept)
         request.row, request.done = row, kept
         self._texts[row, : len(wanted)] = wanted
         self._known[row], self._current[row] = kept, True

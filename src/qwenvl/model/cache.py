@@ -153,8 +153,8 @@ class KVCache:
         old, new = list(rows), list(range(len(rows)) if places is None else places)
         longest = int(self.host_lengths[old].max())
         source, target = torch.tensor([old, new], device=self.keys.device)
-        for layer in (layer[:, :, :longest] for layer in (*self.keys, *self.values)):  # so that only one is held twice
-            layer.index_copy_(0, target.to(layer.device), layer.index_select(0, source.to(layer.device)))
+        for held in (layer[:, :, :longest] for layer in (*self.keys, *self.values)):  # one by one: one is held twice
+            held.index_copy_(0, target.to(held.device), held.index_select(0, source.to(held.device)))
         for state in self._states:
             state[new] = state[old]
         return self.rows(slice(len(rows)))

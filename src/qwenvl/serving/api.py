@@ -6,7 +6,7 @@ create_app   routes, errors, limits and the service's life, on one FastAPI appli
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -55,8 +56,13 @@ TROUBLE: dict[int | str, dict[str, Any]] = {
         (504, "The answer took too long"),
     )
 }
+METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 STREAM = {
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {  # the schema of each event
+            "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        }
+    },
     "description": "The answer, whole or as events",
 }
 
@@ -74,12 +80,17 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_answers(app, service)
     _add_facts(app, service)
-    if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
+    _add_methods(app)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)  # last: before all others
+    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
+    if service.settings.cors_origins:  # around the guard, whose refusals a page is to read, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
     return app
 
 
@@ -136,6 +147,21 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+def _add_methods(app: FastAPI) -> None:
+    """HEAD where there is GET, and 405 for what a path does not know: a page mounted at "/" would be asked for it."""
+    for route in [route for route in app.routes if isinstance(route, APIRoute)]:
+        methods = set(route.methods or ())
+        methods |= {"HEAD"} if "GET" in methods else set()
+        refuse = partial(_not_allowed, ", ".join(sorted(methods)))
+        if "GET" in methods:
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+        app.add_api_route(route.path, refuse, methods=sorted(METHODS - methods), include_in_schema=False)
+
+
+async def _not_allowed(allowed: str) -> Response:
+    raise Refused(405, "Method Not Allowed", headers={"Allow": allowed})
+
+
 def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, without the answer to mistakes that FastAPI gives where nobody says otherwise."""
     if app.openapi_schema is None:
@@ -162,12 +188,12 @@ def _add_errors(app: FastAPI) -> None:
         return mistake(error).response
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda found: len(found["loc"]))  # of several forms, the one that was meant
         if first["type"] == "json_invalid":
             return Refused(
                 400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
             ).response
-        where = ".".join(str(step) for step in first["loc"][1:])
+        where = ".".join(_steps(first["loc"][1:], error.body))
         return Refused(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None).response
 
     app.add_exception_handler(Refused, refused)  # type: ignore[arg-type]
@@ -175,3 +201,14 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     for kind in (PromptError, ImageError, ConfigError):
         app.add_exception_handler(kind, mistaken)  # type: ignore[arg-type]
+
+
+def _steps(place: Sequence[str | int], body: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+    """Where in a body a mistake is, without the names of the types that were tried on the way."""
+    for at, step in enumerate(place, 1):
+        try:
+            body = body[step]
+        except (LookupError, TypeError):  # the name of a type; or, at the end, of what is missing
+            if at < len(place) or not isinstance(body, dict):
+                continue
+        yield str(step)

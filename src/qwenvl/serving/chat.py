@@ -32,6 +32,7 @@ from .schema import (
     ChatLogprobs,
     ChatRequest,
     FunctionCall,
+    ImagePart,
     NamedTool,
     ReplyMessage,
     ToolCall,
@@ -59,7 +60,8 @@ async def answer_chat(service: Service, request: Request, asked: ChatRequest) ->
         prompt = prompt_of(service.tokenizer, conversation, service.pipeline.config.visual.n_queries)
         return [Question(prompt, options, count, stop=stop, top=top)]
 
-    answers = await unless_gone(request, service.ask(make, count))
+    shows = any(isinstance(part, ImagePart) for message in asked.messages for part in message.content or ())
+    answers = await unless_gone(request, service.ask(make, count, shows=shows))
     readers = [ReactStream(tools) if tools else None for _ in answers]
     for reader in readers:
         if reader is not None:

@@ -66,7 +66,7 @@ async def answer_completion(service: Service, request: Request, asked: Completio
             for text in prompts
         ]
 
-    answers = await unless_gone(request, service.ask(make, n * len(prompts)))
+    answers = await unless_gone(request, service.ask(make, n * len(prompts), shows=bool(asked.images)))
     if asked.stream:
         return EventStream(_events(service, asked, answers), answers)
     await unless_gone(request, whole(service, answers))

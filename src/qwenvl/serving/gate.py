@@ -10,15 +10,18 @@ file), streams, records, lists its functions. A server that is open to strangers
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .refusals import RETRY, Refused
 from .rounds import kept
 
 # What the page's own script asks for; a path that ends in a slash or an equals sign stands for all that begin so.
@@ -39,6 +42,7 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'"
 )
+MOST_UPLOADED = 1 << 30  # bytes that are kept of what all visitors upload, for an hour or two
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -90,7 +94,11 @@ class Gate:
         # A mounted app's path stands behind the path that it is mounted at.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not is_open(path or "/"):
-            await PlainTextResponse("Not Found", 404)(scope, receive, send)
+            await Refused(404, "Not Found").response(scope, receive, send)
+            return
+        if path == "/gradio_api/upload" and await asyncio.to_thread(uploaded) > MOST_UPLOADED:
+            full = Refused(429, "the server keeps as many pictures as it can: try again later", headers=RETRY)
+            await full.response(scope, receive, send)
             return
 
         async def with_headers(message: Message) -> None:
@@ -101,6 +109,11 @@ class Gate:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+def uploaded() -> int:
+    """Bytes of all that has been uploaded and is still kept."""
+    return sum(file.stat().st_size for file in Path(get_upload_folder()).rglob("*") if file.is_file())
 
 
 def is_open(path: str) -> bool:

@@ -91,7 +91,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
-        if self._keys and (scope["path"] + "/").startswith(PROTECTED + "/") and scope["method"] != "OPTIONS":
+        if self._keys and (scope["path"] + "/").startswith(PROTECTED + "/"):
             kind, _, text = headers.get("authorization", "").partition(" ")
             given = text.strip().encode("latin-1")  # as headers are decoded
             same = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: no early way out

@@ -232,7 +232,8 @@ def _user_parts(message: Message, where: str, trim: bool) -> list[Part]:
             case "text":
                 parts.append({"text": part["text"]})
             case "image_url":
-                parts.append({"image": part["image_url"]["url"]})
+                shown_at = part["image_url"]
+                parts.append({"image": shown_at if isinstance(shown_at, str) else shown_at["url"]})
             case kind:
                 raise PromptError(f"{where}: a part is of type text or image_url, not {shown(kind)}")
     if not any(part.get("text", "picture").strip() for part in parts):

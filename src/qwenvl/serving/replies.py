@@ -107,6 +107,10 @@ def options_of(service: Service, asked: ChatRequest | CompletionRequest, max_tok
         given["do_sample"] = given["temperature"] >= COLD
         if not given["do_sample"]:
             del given["temperature"]
+    if "seed" in given:
+        given["seed"] %= 2**63
+    if "top_k" in given:
+        given["top_k"] = max(given["top_k"], 0)
     return SamplingOptions.from_config(service.pipeline.generation_config, max_new_tokens=max_tokens, **given)
 
 

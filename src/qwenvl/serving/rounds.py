@@ -129,7 +129,8 @@ async def answer(service: Service, rounds: Sequence[Round], options: SamplingOpt
 
     Closing this iterator ends the answer, and gives its row of the engine back.
     """
-    (found,) = await service.ask(lambda: [question(service, rounds, options)])
+    shows = any(one.pictures for one in rounds)
+    (found,) = await service.ask(lambda: [question(service, rounds, options)], shows=shows)
     try:
         async for delta in service.deltas(found):
             if delta.text:

@@ -4,7 +4,7 @@
     ChatCompletion, Completion, Grounding, ErrorBody     what is answered
 
 A field that is not here is refused, rather than passed over: who sends it expects something of it. Those that OpenAI's
-clients send and that ask for nothing (`user`, `metadata`, `store`) are taken.
+clients send and that ask for nothing (`user`, `metadata`, `logit_bias` without a bias) are taken.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ImagePart(_Asked):
     """A picture at its place in the message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageUrl | Annotated[str, Field(min_length=1)]
 
 
 class FunctionCall(_Asked):
@@ -57,6 +57,12 @@ class ToolCall(_Asked):
     id: Annotated[str, Field(min_length=1, max_length=200)]
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class PastCall(ToolCall):
+    """The same as a client sends it back: put together from a stream, it has its place."""
+
+    index: int | None = None
 
 
 TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=256)]
@@ -83,8 +89,9 @@ class AssistantMessage(_Asked):
 
     role: Literal["assistant"]
     content: Text | TextParts | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=64)] | None = None
     name: str | None = None
+    reasoning_content: None = None
     refusal: None = None
     annotations: list[JsonValue] | None = None
     audio: None = None
@@ -97,6 +104,7 @@ class ToolMessage(_Asked):
     role: Literal["tool"]
     tool_call_id: str
     content: Text | TextParts
+    name: str | None = None
 
 
 Message = Annotated[
@@ -154,8 +162,10 @@ class _Sampling(_Asked):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(None, description="0 is off. Not OpenAI's.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = Field(
+        None, description="0 and -1 are off. Not OpenAI's."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Annotated[str, Field(min_length=1, max_length=200)] | Stop | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -163,6 +173,7 @@ class _Sampling(_Asked):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(None, description="Not OpenAI's.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
 
 
@@ -180,6 +191,16 @@ class ChatRequest(_Sampling):
     metadata: dict[str, str] | None = None
     store: bool | None = Field(None, description="Of no effect: nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    functions: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    prediction: None = None
+    audio: None = None
+    web_search_options: None = None
 
 
 class CompletionRequest(_Sampling):
@@ -191,6 +212,9 @@ class CompletionRequest(_Sampling):
         description="Pictures before each prompt, without `Picture k:`, as base checkpoints are asked. Not OpenAI's.",
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
 
 
 class GroundingRequest(_Asked):

@@ -30,11 +30,14 @@ LEAVING = 0.3  # seconds for the last words to reach those who read them
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any free one. Raises ConfigError where that cannot be."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"a port is a number from 0 to 65535, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(CONNECTIONS)  # now: two who have only bound the port would both believe that it is theirs
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(

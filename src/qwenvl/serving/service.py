@@ -13,13 +13,14 @@ import logging
 import os
 import threading
 import time
-from asyncio import Future
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future as Job
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import ConfigError, ImageError, PromptError
@@ -31,11 +32,15 @@ from .metrics import Metrics
 from .refusals import RETRY, Refused, mistake, stopping, too_late, too_long
 from .settings import Settings
 
-# Threads that open pictures and encode texts: more than cores would only take them from the one that computes, unless
-# some wait for the network.
-CORES = os.cpu_count() or 1
-FETCHING = 8
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+FETCHING = 8  # threads that open pictures, where they may wait for the network
+PICTURES = 4  # of the largest size: so many pixels a request may show in all
+CUTTING = 4.0  # seconds for what is cut to be told
 _log = logging.getLogger(__name__)
+
+
+class _Left(Exception):
+    """Nobody waits any more for what is being prepared."""
 
 
 class Service:
@@ -62,11 +67,14 @@ class Service:
         self.ready = False
         self.failure: BaseException | None = None
         self.finished = self.cut = 0
-        self._stopping = self._closing = False
+        self._stopping = self._cutting = self._closing = False
         self._open: set[Answer] = set()
         self._preparing = 0  # answers that have been admitted and not been given to the engine yet
+        self._jobs: dict[Job[list[Answer]], threading.Event] = {}  # that prepare them; set where nobody waits any more
+        # More threads than cores would only take time from the one that computes. Texts wait for nobody's pictures.
         threads = max(CORES, FETCHING) if self.settings.allowed_domains else CORES
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        self._pictures = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="texts")
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop
 
@@ -76,7 +84,7 @@ class Service:
         """Begin to compute. Whoever waits for answers does so on the event loop that runs this."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
-        await self._loop.run_in_executor(self._pool, self._warm_up)
+        await self._loop.run_in_executor(self._pictures, self._warm_up)
         self.ready = not self._stopping
 
     def refuse_more(self) -> None:
@@ -86,15 +94,24 @@ class Service:
     async def stop(self) -> None:
         """Let what runs end, for as long as the settings' grace; cut what is left; give the threads back."""
         self.refuse_more()
-        end = time.monotonic() + self.settings.grace
-        while self.busy and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        await self._idle(self.settings.grace)
+        self._cutting = True
         for answer in self._open:
             answer.cut("stopped")
         self._tell()
+        for job, left in list(self._jobs.items()):
+            left.set()
+            job.cancel()
+        await self._idle(CUTTING)
         self._closing = True
         await self._loop.run_in_executor(None, self._thread.join)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pictures, self._texts):
+            pool.shutdown(wait=False)
+
+    async def _idle(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self.busy and time.monotonic() < end:
+            await asyncio.sleep(0.02)
 
     @property
     def busy(self) -> int:
@@ -108,25 +125,30 @@ class Service:
 
     # ---- answering
 
-    async def ask(self, make: Callable[[], Sequence[Question]], count: int = 1) -> list[Answer]:
+    async def ask(self, make: Callable[[], Sequence[Question]], count: int = 1, *, shows: bool = True) -> list[Answer]:
         """Have questions answered: `make` is called in a thread, and makes them, for `count` answers in all.
 
-        Read the answers by `deltas`, and close those that you do not read to their ends. Raises Refused: too much at
-        once (429), the server stops (503), it took too long (504), or what `make` has against the request (400).
+        `shows` says whether there are pictures. Read the answers by `deltas`, and close those that you do not read to
+        their ends. Who is cancelled here leaves nothing behind. Raises Refused: too much at once (429), the server
+        stops (503), it took too long (504), or what `make` has against the request (400).
         """
         self._admit(count)
-        future = self._loop.run_in_executor(self._pool, self._submit, make, time.monotonic())
-        left = False  # who asked has
+        left = threading.Event()
+        job = (self._pictures if shows else self._texts).submit(self._submit, make, time.monotonic(), left)
+        self._jobs[job] = left
+        future = asyncio.wrap_future(job)
 
-        def submitted(future: Future[list[Answer]]) -> None:
+        def submitted(_: asyncio.Future[list[Answer]]) -> None:
+            del self._jobs[job]
             self._preparing -= count
-            if not future.cancelled() and future.exception() is None:
-                self._open.update(future.result())
-                for answer in future.result():
-                    if left:
-                        answer.close()
-                    elif self._closing or self.failure is not None:  # nobody will compute it
+            if not job.cancelled() and job.exception() is None:
+                self._open.update(job.result())
+                for answer in job.result():
+                    if self._cutting or self.failure is not None:  # nobody will compute it
                         answer.cut("stopped")
+                    elif left.is_set():
+                        answer.close()
+                self._tell()
 
         future.add_done_callback(submitted)
         try:
@@ -134,11 +156,14 @@ class Service:
                 return await asyncio.shield(future)
         except (PromptError, ImageError) as error:
             raise mistake(error) from None
-        except TimeoutError:
-            left = True
-            raise too_late() from None
-        except asyncio.CancelledError:
-            left = True
+        except (_Left, TimeoutError, asyncio.CancelledError) as reason:
+            if self._cutting and (isinstance(reason, _Left) or job.cancelled()):
+                self.cut += count
+                raise stopping() from None
+            left.set()
+            job.cancel()
+            if isinstance(reason, TimeoutError):
+                raise too_late() from None
             raise
 
     async def deltas(self, *answers: Answer) -> AsyncIterator[Delta]:
@@ -181,21 +206,17 @@ class Service:
             raise Refused(429, "the server has as much to do as it takes: try again", code="queue_full", headers=RETRY)
         self._preparing += count
 
-    def _submit(self, make: Callable[[], Sequence[Question]], begun: float) -> list[Answer]:
+    def _submit(self, make: Callable[[], Sequence[Question]], begun: float, left: threading.Event) -> list[Answer]:
         """In a thread: open the pictures, and give the questions to the engine."""
-        policy, size = self.settings.policy, self.pipeline.config.visual.image_size
         answers: list[Answer] = []
         opened: dict[tuple[int, ...], list[Tensor]] = {}  # the prompts of a request share their pictures
         try:
             for question in make():
-                if len(question.prompt.images) > self.settings.max_images:
-                    raise PromptError(f"a request may show {self.settings.max_images} pictures in all")
                 if len(question.prompt.ids) >= self.engine.max_length:
                     raise too_long(self.engine.max_length, f"takes {len(question.prompt.ids)}")
                 which = tuple(map(id, question.prompt.images))
                 if which not in opened:
-                    found = pixels_of(question.prompt, question.images, size, policy)
-                    opened[which] = [pixels for _, pixels in found]
+                    opened[which] = self._opened(question, left)
                 for number in range(question.n):
                     answer = Answer(len(answers), self.tokenizer, question, begun)
                     answer.ask(self.engine, question, opened[which], number)
@@ -205,6 +226,26 @@ class Service:
                 answer.close()
             raise
         return answers
+
+    def _opened(self, question: Question, left: threading.Event) -> list[Tensor]:
+        """Pixels of a question's pictures. Raises _Left as soon as nobody waits for them."""
+        settings, pixels = self.settings, 0
+        if len(question.prompt.images) > settings.max_images:
+            raise PromptError(f"a request may show {settings.max_images} pictures in all")
+
+        def look(picture: Image) -> None:
+            nonlocal pixels
+            pixels += picture.width * picture.height
+            if left.is_set():
+                raise _Left
+            if pixels > PICTURES * settings.max_image_pixels:
+                raise PromptError(
+                    f"the pictures of a request may have {PICTURES * settings.max_image_pixels} pixels in all"
+                )
+
+        size = self.pipeline.config.visual.image_size
+        found = pixels_of(question.prompt, question.images, size, settings.policy, look=look)
+        return [pixels for _, pixels in found]
 
     def require_room(self, characters: int) -> None:
         """For a prompt whose text cannot fit, before it takes seconds to encode. Raises Refused.
