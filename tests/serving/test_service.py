@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,8 +21,9 @@ import pytest
 from servers import Running, data_url, picture, running, slowly, until
 
 import qwenvl.generation.schedule
+from qwenvl.errors import ConfigError
 from qwenvl.pipeline import Pipeline
-from qwenvl.serving.settings import Settings
+from qwenvl.serving.settings import Settings, keys_of
 
 LONG = {"max_tokens": 1000}
 
@@ -202,6 +204,17 @@ def test_keys(pipeline: Pipeline) -> None:
         for key in (b"Bearer first", "bearer schlüssel".encode()):
             assert client.get("/v1/models", headers={b"Authorization": key}).status_code == 200
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
+
+
+def test_a_key_is_a_line_of_its_file(tmp_path: Path) -> None:
+    """Also one of several words, each of which would be easy to guess; the file's empty lines are no keys."""
+    (tmp_path / "keys").write_text("a long random key\n\n second \n", encoding="utf-8")
+    assert keys_of(tmp_path / "keys") == ("a long random key", "second")
+    (tmp_path / "keys").write_text(" \n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds no API key"):
+        keys_of(tmp_path / "keys")
+    with pytest.raises(ConfigError, match="cannot read the API keys"):
+        keys_of(tmp_path)
 
 
 def test_cors_is_off_until_it_is_asked_for(server: Running, pipeline: Pipeline) -> None:
