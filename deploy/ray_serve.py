@@ -9,7 +9,6 @@ whole server in a process of its own, with a model of its own: docs/deployment.m
 from __future__ import annotations
 
 from dataclasses import field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import qwenvl
-from qwenvl.errors import ConfigError
 from qwenvl.serving.api import create_app
 from qwenvl.serving.service import Service
-from qwenvl.serving.settings import Settings
+from qwenvl.serving.settings import Settings, keys_of
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -55,15 +53,14 @@ class Deployment(Settings):
 def build(arguments: dict[str, Any]) -> Application:
     """The application of `serve run` and of a file for `serve deploy`. Raises ValidationError, ConfigError."""
     given = TypeAdapter(Deployment).validate_python(arguments)
+    if given.api_keys_file is not None:
+        keys_of(given.api_keys_file)  # said here and at once; of a replica, it would be said in a log, again and again
 
     def server() -> FastAPI:
         """In a replica's process: a server like any other."""
         settings = given
         if given.api_keys_file is not None:
-            keys = Path(given.api_keys_file).read_text(encoding="utf-8").split()
-            if not keys:
-                raise ConfigError(f"{given.api_keys_file} holds no API key: write one a line")
-            settings = replace(given, api_keys=tuple(keys))
+            settings = replace(given, api_keys=keys_of(given.api_keys_file))
         source = {"revision": given.revision, "cache_dir": given.cache_dir, "adapter": given.adapter}
         service = Service(qwenvl.load(given.model, given.device, given.dtype, quiet=True, **source), settings)
         app = create_app(service)

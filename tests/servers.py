@@ -21,7 +21,7 @@ import qwenvl.generation.schedule
 from qwenvl.generation.request import Request
 from qwenvl.pipeline import Pipeline
 from qwenvl.serving.api import create_app
-from qwenvl.serving.server import config_of, listen
+from qwenvl.serving.server import _Server, config_of, listen
 from qwenvl.serving.service import Service
 from qwenvl.serving.settings import Settings
 from qwenvl.text.tokenizer import REGION_TAGS
@@ -59,7 +59,7 @@ def running(pipeline: Pipeline, settings: Settings | None = None) -> Iterator[Ru
     with listen("127.0.0.1", 0) as listening:
         config = config_of(create_app(service), service)
         config.timeout_graceful_shutdown = 10
-        server = uvicorn.Server(config)
+        server = _Server(config, service, lambda: None)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         until(lambda: server.started)

@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,9 +21,10 @@ from servers import Running, data_url, picture, running, slowly, until
 
 import qwenvl.generation.schedule
 import qwenvl.pictures
+from qwenvl.errors import ConfigError
 from qwenvl.pipeline import Pipeline
 from qwenvl.serving.service import CORES
-from qwenvl.serving.settings import Settings
+from qwenvl.serving.settings import Settings, keys_of
 
 LONG = {"max_tokens": 1000}
 
@@ -206,6 +207,17 @@ def test_keys(pipeline: Pipeline) -> None:
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
 
 
+def test_a_key_is_a_line_of_its_file(tmp_path: Path) -> None:
+    """Also one of several words, each of which would be easy to guess; the file's empty lines are no keys."""
+    (tmp_path / "keys").write_text("a long random key\n\n second \n", encoding="utf-8")
+    assert keys_of(tmp_path / "keys") == ("a long random key", "second")
+    (tmp_path / "keys").write_text(" \n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds no API key"):
+        keys_of(tmp_path / "keys")
+    with pytest.raises(ConfigError, match="cannot read the API keys"):
+        keys_of(tmp_path)
+
+
 def test_cors_is_off_until_it_is_asked_for(server: Running, pipeline: Pipeline) -> None:
     """A page of another origin may read answers only where the settings name it."""
     asks = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
@@ -268,7 +280,7 @@ def test_who_leaves_while_pictures_are_prepared_leaves_nothing(
 ) -> None:
     """Requests that wait for a thread are gone at once; of those that have one, no further picture is opened."""
     with running(pipeline, Settings(rows=4)) as server, opening(monkeypatch) as (begun, go):
-        with hanging(server, CORES + 3, messages=shows(8)):
+        with hanging(server, CORES + 3, messages=shows(2)):
             until(lambda: len(begun) == CORES and server.service.busy == CORES + 3)
         until(lambda: server.service.busy == CORES)
         go.set()
@@ -279,14 +291,17 @@ def test_who_leaves_while_pictures_are_prepared_leaves_nothing(
 
 def test_texts_do_not_wait_for_pictures(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A question without a picture is answered while all threads open others' pictures."""
-    with running(pipeline, Settings(rows=4)) as server, opening(monkeypatch) as (begun, _):
-        with hanging(server, CORES + 1, messages=shows(1)):
-            until(lambda: len(begun) == CORES)
-            assert server.chat(max_tokens=2).status_code == 200
+    with (
+        running(pipeline, Settings(rows=4)) as server,
+        opening(monkeypatch) as (begun, _),
+        hanging(server, CORES + 1, messages=shows(1)),
+    ):
+        until(lambda: len(begun) == CORES)
+        assert server.chat(max_tokens=2).status_code == 200
 
 
 def test_what_is_prepared_beyond_the_grace_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those whose pictures are being opened, and those who wait for that, hear that the server stops, and are counted."""
+    """Those whose pictures are opened, and those who wait for that, hear that the server stops, and are counted."""
     count = CORES + 2
     with opening(monkeypatch) as (begun, go), concurrent.futures.ThreadPoolExecutor(count) as pool:
         with running(pipeline, Settings(rows=4, grace=0.2)) as server:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .settings import Settings
+from .settings import Settings, keys_of
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -117,19 +116,10 @@ def _in_one_thread(pipeline: Pipeline) -> Pipeline:
 
 def settings_of(given: argparse.Namespace) -> Settings:
     """The flags as Settings. Raises ConfigError."""
-    keys: list[str] = []
-    if given.api_keys is not None:
-        try:
-            keys = [
-                line.strip() for line in Path(given.api_keys).read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read the API keys: {error}") from None
-        if not keys:
-            raise ConfigError(f"{given.api_keys} holds no API key: write one a line")
+    keys = () if given.api_keys is None else keys_of(given.api_keys)
     return Settings(
         **{name: getattr(given, name) for name in FLAGS},
-        api_keys=tuple(keys),
+        api_keys=keys,
         hosts=tuple(given.allow_host) or _hosts(given.host, known=bool(keys) or given.share),
         cors_origins=tuple(given.cors_origin),
         allowed_domains=tuple(given.allow_domain),

@@ -1,11 +1,13 @@
 """What a server allows: how much at once, how large, how long, from where.
 
 Settings   the limits, as a frozen dataclass; the command line's defaults are these
+keys_of    API keys, from a file
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..fetch import SERVER_POLICY, ImagePolicy
@@ -74,3 +76,15 @@ class Settings:
             max_pixels=self.max_image_pixels,
             timeout=self.fetch_timeout,
         )
+
+
+def keys_of(file: str | Path) -> tuple[str, ...]:
+    """The API keys of a file with one a line. Raises ConfigError where it cannot be read, or holds none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the API keys: {error}") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"{file} holds no API key: write one a line")
+    return keys
