@@ -25,7 +25,10 @@ from qwenvl.errors import ConfigError
 from qwenvl.serving.settings import Settings
 
 # Not by importing it, which takes seconds of every run's collection.
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[serve,ray]'")
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[serve,ray]'"),
+    pytest.mark.slow,  # a minute
+]
 
 KEY = "some words of a key"
 BEARER = {"Authorization": f"Bearer {KEY}"}
