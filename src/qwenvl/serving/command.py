@@ -10,9 +10,10 @@ What it needs is imported when it begins, for the sake of `--help`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .settings import Settings, keys_of
@@ -82,8 +83,8 @@ def run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipeline
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
 
-        if given.web or given.share:
-            import gradio  # noqa: F401
+        if given.web or given.share or given.inbrowser:
+            _import_gradio()
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'qwenvl[serve]'") from None
     from .server import listen, serve
@@ -112,6 +113,25 @@ def _in_one_thread(pipeline: Pipeline) -> Pipeline:
     if pipeline.device.type == "cpu" and weights < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return pipeline
+
+
+def _import_gradio() -> None:
+    """Gradio, without the two seconds that it takes to write stubs for editors into its own folder, at every start.
+
+    For these it asks where each component's source is, and does without where there is none.
+    """
+    getfile = inspect.getfile
+
+    def elsewhere(what: Any) -> str:  # noqa: ANN401 - as inspect's
+        if isinstance(what, type) and what.__module__.startswith("gradio."):
+            raise OSError
+        return getfile(what)
+
+    inspect.getfile = elsewhere  # type: ignore[assignment]
+    try:
+        import gradio  # noqa: F401
+    finally:
+        inspect.getfile = getfile
 
 
 def settings_of(given: argparse.Namespace) -> Settings:

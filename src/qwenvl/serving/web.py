@@ -13,6 +13,7 @@ import asyncio
 import html
 import io
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -43,7 +44,7 @@ from .wording import WORDINGS, Wording
 KEPT = 2 * 3600  # seconds that a picture's file stays
 DOWNLOADED = 2048  # pixels that the longer side of the annotated picture has at most
 # What Gradio imports at the first click if it is there, on the event loop, where everyone would wait for it.
-AHEAD = ("pandas", "matplotlib.pyplot")
+AHEAD, AHEAD_AFTER = ("pandas", "matplotlib.pyplot"), 2.0  # seconds, when the server has started
 FONTS = ("system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif")
 NOTHING_TYPED: dict[str, Any] = {"text": "", "files": []}
 _log = logging.getLogger(__name__)
@@ -54,9 +55,6 @@ def mount_page(app: FastAPI, service: Service) -> FastAPI:
 
     Where the settings have API keys, the page asks for one of them.
     """
-    for name in AHEAD:
-        with suppress(ImportError):
-            import_module(name)
     keys = service.settings.api_keys
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=("ui-monospace", "monospace")
@@ -81,7 +79,16 @@ def mount_page(app: FastAPI, service: Service) -> FastAPI:
     )
     mounted = next(route.app for route in reversed(app.routes) if isinstance(route, Mount))
     cast(FastAPI, mounted).add_middleware(Gate)
+    ahead = threading.Timer(AHEAD_AFTER, _import_ahead)
+    ahead.daemon = True
+    ahead.start()
     return app
+
+
+def _import_ahead() -> None:
+    for name in AHEAD:
+        with suppress(ImportError):
+            import_module(name)
 
 
 def create_page(service: Service) -> gr.Blocks:
