@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | serve | bench | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | eval | serve | bench | demo`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .bench import command as bench
 from .errors import ImageError, PromptError, QwenVLError, printable, told
+from .evaluation import command as evaluation
 from .processes import as_rank, parallel_of
 from .quantization import command as quantization
 from .serving import command as serving
@@ -60,6 +61,7 @@ EXAMPLES = {
 The destination is written as DESTINATION.partial and renamed when it is whole. If the run is stopped, run it again.""",
     "quantize": quantization.EPILOG,
     "train": training.EPILOG,
+    "eval": evaluation.EPILOG,
     "serve": serving.EPILOG,
     "bench": bench.EPILOG,
     "demo": """example:
@@ -170,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", training.run, "Fine-tune on conversations about pictures: all weights, LoRA or QLoRA.")
     training.add_arguments(train)
+
+    benchmarks = command("eval", None, "Run the paper's benchmarks, check their data, compare the results.")
+    evaluation.add_arguments(benchmarks, _model, _load)
 
     server = command(
         "serve",

@@ -37,7 +37,7 @@ def as_rank(run: Command) -> Command:
             with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
                 return run(given)
         except QwenVLError as error:
-            if given.parallel == "tensor":
+            if getattr(given, "parallel", None) == "tensor":
                 from .adapt.ranks import end_without_others
 
                 end_without_others()
@@ -51,10 +51,10 @@ def as_rank(run: Command) -> Command:
 
 
 def parallel_of(given: argparse.Namespace) -> str | None:
-    """`--parallel`. Raises ConfigError where many processes would load a whole model each."""
+    """`--parallel`. Raises ConfigError where many processes would load a whole model each and none said `each_whole`."""
     parallel: str | None = getattr(given, "parallel", None)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and parallel != "tensor":
+    if processes > 1 and parallel != "tensor" and not getattr(given, "each_whole", False):
         raise ConfigError(
             f"torchrun started {processes} processes, each of which would load the whole model: add --parallel tensor "
             "to chat, generate or ground, or start one process"

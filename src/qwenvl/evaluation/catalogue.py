@@ -14,8 +14,9 @@ from pathlib import Path
 
 from .benchmark import Benchmark, Dataset, Source
 from .items import DataError, Item, Places, Problem
+from .readers.small import SMALL_BENCHMARKS
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (*SMALL_BENCHMARKS,)}
 
 
 def find(words: Sequence[str]) -> list[Benchmark]:

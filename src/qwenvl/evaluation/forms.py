@@ -1,16 +1,16 @@
 """How benchmarks ask: the reference's prompts and decoding, one form for each kind of question.
 
 Form    what is shown of an item, how the answer is got, and which metric scores it
-parts   an item as the parts of a query, pictures bare
+parts   an item as the parts of a query
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from ..text.parts import Part
+from ..text.parts import Part, parse_tagged
 from .items import Item
 
 Way = Literal["generate", "chat", "losses"]
@@ -24,11 +24,15 @@ class Form:
 
     Attributes:
         metric: a name of `scoring.METRICS`.
-        template: what follows the pictures, with `{text}`, `{hint}` and `{options}` in it; of boxes, nothing does.
+        template: what follows the pictures, with `{text}`, `{hint}` and `{options}` in it.
         between: what follows each picture.
         way: "generate" goes on after the template, greedily; "chat" asks in ChatML, as the checkpoint's own generation
             config says; "losses" takes the option whose letter is the likeliest.
         max_new_tokens, min_new_tokens: of an answer; None: the checkpoint's.
+        options: of decoding, in place of the checkpoint's, for "chat".
+        region: after the pictures comes `<ref>{text}</ref><box>` instead, for the model to go on.
+        numbered: pictures are shown as `Picture k:`, as in a chat.
+        trusted: texts are this library's own, and tags in them become special ids.
     """
 
     metric: str
@@ -37,7 +41,10 @@ class Form:
     way: Way = "generate"
     max_new_tokens: int | None = None
     min_new_tokens: int = 1
-    region: bool = False  # the text is a phrase whose box is to be found
+    options: Mapping[str, Any] = field(default_factory=dict)
+    region: bool = False
+    numbered: bool = False
+    trusted: bool = False
 
 
 CAPTION = Form("captions", "Describe the image in English:", max_new_tokens=30, min_new_tokens=8)
@@ -52,12 +59,15 @@ CHOICE = Form("choice", "Context: {hint}\nQuestion: {text}\nOptions: {options}\n
 CHOICE_LETTER = Form("letter", CHOICE.template, max_new_tokens=10)
 CIRCULAR = Form("circular", CHOICE.template, way="losses")
 SEED = Form("choice", "Question: {text}\nOptions: {options}\nAnswer:", between="\n", way="losses")
-MME = Form("mme", "{text}", between="\n", way="chat")
+MME = Form("mme", "{text}", between="\n", way="chat", options={"top_p": 0.01})
 TOUCHSTONE = Form("judged", "{text}", way="chat")
+SMALL = Form(
+    "small", "{text}", way="chat", max_new_tokens=192, options={"do_sample": False}, numbered=True, trusted=True
+)
 
 
 def parts(form: Form, item: Item, shots: Sequence[Item] = ()) -> list[Part]:
-    """The item as a query, behind the `shots`, each with its answer; the pictures' places hold their numbers.
+    """The item as a query, behind the `shots`, each with its answer.
 
     As in the reference, examples follow one another without a mark between them. Texts are data: none of them becomes
     special ids.
@@ -65,14 +75,15 @@ def parts(form: Form, item: Item, shots: Sequence[Item] = ()) -> list[Part]:
     query: list[Part] = []
     for shown in (*shots, item):
         for picture in shown.pictures:
-            query.append({"image": picture, "numbered": False})
+            query.append({"image": picture, "numbered": form.numbered})
             if form.between:
                 query.append({"text": form.between})
         if form.region:
             query.append({"ref": shown.text, "box": None})
         else:
             options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, shown.options, strict=False))
-            query.append({"text": form.template.format(text=shown.text, hint=shown.hint or NO_HINT, options=options)})
+            text = form.template.format(text=shown.text, hint=shown.hint or NO_HINT, options=options)
+            query += parse_tagged(text) if form.trusted else [{"text": text}]
         if shown is not item:
             query.append({"text": f" {shown.shot}"})
     return query

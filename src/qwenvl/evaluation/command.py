@@ -1,0 +1,185 @@
+"""`qwenvl eval`: benchmarks listed, their data checked, run, scored anew, judged and shown.
+
+add_arguments   the flags of its parts
+EPILOG          examples
+run             the command
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, printable
+from ..processes import as_rank
+
+if TYPE_CHECKING:
+    from ..adapt.ranks import Ranks
+    from ..pipeline import Pipeline
+    from .benchmark import Benchmark
+
+OUT = "eval-out"
+TEXT = 512  # tokens of a question and its answer, at most; longer ones are told
+EPILOG = """examples:
+  qwenvl eval run tiny tiny_grounding --limit 220            # the embedded model, on pictures that are drawn here
+  qwenvl eval list
+  qwenvl eval prepare refcoco_val data                       # what the folder has, what is missing, who publishes it
+  qwenvl eval run table6 --data data --model Qwen/Qwen-VL    # a table of the paper
+  qwenvl eval run okvqa_val --data data --model Qwen/Qwen-VL --few-shot 4
+  torchrun --nproc-per-node 8 -m qwenvl.cli eval run table4 table5 --data data --model Qwen/Qwen-VL
+  qwenvl eval judge eval-out/Qwen-VL-Chat/touchstone_en --model gpt-4
+  qwenvl eval report eval-out
+
+A run that was stopped goes on when the same command is given again. Nothing is downloaded but the model."""
+Adder = Callable[[argparse.ArgumentParser], None]
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, model: Adder, load: Callable[[argparse.Namespace], Pipeline]
+) -> None:
+    """The parts and their flags; `model` adds those that say which model, `load` loads it."""
+    parts = parser.add_subparsers(metavar="part", required=True)
+
+    def part(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+        sub = parts.add_parser(name, help=what, description=what)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    part("list", _list, "The benchmarks, with the paper's figures.")
+
+    prepare = part("prepare", _prepare, "Check the data of a benchmark, and say what is missing and who publishes it.")
+    prepare.add_argument("benchmark", help="as `qwenvl eval list` names it, or table4 to table7")
+    prepare.add_argument("data", metavar="DIR", help="the folder of all data, such as the reference's `data`")
+    prepare.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    run = part("run", as_rank(lambda given: _run(given, load)), "Answer benchmarks, score the answers, write reports.")
+    model(run)
+    run.set_defaults(each_whole=True)  # torchrun: each process has a model, and answers a share of the items
+    run.add_argument("benchmark", nargs="+", help="as `qwenvl eval list` names it, or table4 to table7")
+    run.add_argument("--data", metavar="DIR", help="the folder of all data")
+    run.add_argument("--out", metavar="DIR", help=f"where answers and reports go (default: {OUT}/MODEL)")
+    run.add_argument("--few-shot", type=int, default=0, metavar="K", help="examples before each question")
+    run.add_argument("--seed", type=int, default=0, help="of examples and of sampling (default: %(default)s)")
+    run.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    run.add_argument("--rows", type=int, help="items that are computed at once (default: as many as fit, up to 32)")
+    run.add_argument(
+        "--on-error",
+        choices=("fatal", "skip"),
+        default="fatal",
+        help="stop at items that cannot be asked, or list them and go on (default: %(default)s)",
+    )
+
+    score = part("score", _score, "Score the answers of a run anew, without a model.")
+    score.add_argument("run_folder", metavar="DIR", help="the folder of a run, or one above it")
+
+    report = part("report", _report, "Reports as a Markdown table, beside the paper's figures, and a radar plot.")
+    report.add_argument("folder", metavar="DIR", help="with runs in it, of one model or several")
+    report.add_argument("--plot", metavar="PNG", help="where the plot goes (default: DIR/radar.png)")
+
+
+def _list(given: argparse.Namespace) -> None:
+    from .catalogue import BENCHMARKS
+    from .summary import listed
+
+    print(json.dumps(listed(BENCHMARKS.values())) if given.json else _lines(listed(BENCHMARKS.values())))
+
+
+def _lines(found: list[dict[str, Any]]) -> str:
+    lines = [f"{'benchmark':26}{'':28}{'metric':18}{'paper (base / chat)'}"]
+    for one in found:
+        figures = "; ".join(
+            f"{name} {' / '.join(map(str, values.values()))}" for name, values in one["published"].items()
+        )
+        lines.append(f"{one['name']:26}{one['title']:28}{one['metric']:18}{figures}".rstrip())
+    return "\n".join(lines)
+
+
+def _prepare(given: argparse.Namespace) -> None:
+    from .catalogue import find
+    from .prepare import prepare
+
+    found = [prepare(benchmark, given.data, quiet=given.quiet) for benchmark in find([given.benchmark])]
+    print(json.dumps([one.to_dict() for one in found]) if given.json else printable("\n\n".join(map(str, found))))
+    if not all(one.complete for one in found):
+        raise SystemExit(1)
+
+
+def _run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipeline]) -> None:
+    from ..adapt.ranks import shared_errors
+    from .catalogue import find
+    from .run import Plan, dataset_of, evaluate
+    from .summary import table
+
+    _check(given)
+    out = Path(given.out or Path(OUT) / Path(given.model).name)
+    data = None if given.data is None else Path(given.data)
+    plan = Plan(data, out, given.few_shot, given.seed, given.limit, given.on_error == "skip", given.quiet)
+    benchmarks = find(given.benchmark)
+    for benchmark in benchmarks:  # a mistake in the data is told before the model is loaded
+        dataset_of(benchmark, plan)
+    ranks = _ranks(given)
+    with shared_errors(ranks is not None):
+        pipeline = load(given)
+        pipeline.start_engine(given.rows, max_length=_longest(benchmarks, pipeline, given.few_shot))
+    reports = [evaluate(benchmark, pipeline, plan, ranks) for benchmark in benchmarks]
+    if given.first:
+        print(json.dumps(reports) if given.json else printable(table(reports)))
+        if not given.json and not given.quiet:
+            print(f"answers and reports are in {out}", file=sys.stderr)
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name, least in (("few_shot", 0), ("seed", 0), ("limit", 1), ("rows", 1)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, not {value}")
+
+
+def _ranks(given: argparse.Namespace) -> Ranks | None:
+    """This process among those that torchrun started, on a device of its own; None without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from ..adapt.ranks import Ranks, join
+
+    ranks = Ranks.of_torchrun()
+    device = ranks.device(given.device)
+    join(device)
+    given.device = str(device)
+    return ranks
+
+
+def _longest(benchmarks: list[Benchmark], pipeline: Pipeline, few_shot: int) -> int:
+    """Tokens that a row of the engine should have: the model's trained length, or more where examples need it."""
+    config = pipeline.config
+    pictures = max(4 if benchmark.name == "seed_video" else 1 for benchmark in benchmarks)
+    example = pictures * (config.visual.n_queries + 2) + TEXT
+    return min(max(config.seq_length, (few_shot + 1) * example + TEXT), config.max_position_embeddings)
+
+
+def _score(given: argparse.Namespace) -> None:
+    from .run import rescore
+    from .summary import runs_in, table
+
+    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder))]
+    print(json.dumps(reports) if given.json else printable(table(reports)))
+
+
+def _report(given: argparse.Namespace) -> None:
+    from .radar import radar
+    from .report import REPORT, load
+    from .summary import runs_in, summary
+
+    reports = [load(folder / REPORT) for folder in runs_in(Path(given.folder))]
+    plot = Path(given.plot or Path(given.folder) / "radar.png")
+    drawn = radar(reports, plot)
+    if given.json:
+        print(json.dumps({"reports": reports, "plot": str(plot) if drawn else None}))
+        return
+    print(printable(summary(reports)))
+    print(f"drew {plot}" if drawn else "a radar plot takes figures of three benchmarks or more", file=sys.stderr)

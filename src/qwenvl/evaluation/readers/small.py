@@ -1,0 +1,60 @@
+"""The small model's own benchmark: questions about drawn pictures of the split that its training never saw.
+
+SMALL_BENCHMARKS    its skills in ChatML, by skill and language; and phrases to find, asked as RefCOCO asks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from ...training.recipes.tiny_evaluate import ROWS, Question, questions
+from ...training.recipes.tiny_scenes import Split, draw
+from ..benchmark import Benchmark, Source
+from ..forms import REGION, SMALL
+from ..items import Item, Places, Problem
+
+EACH = 300  # questions of each skill and language
+RAW = "box (raw)"  # what is asked in the base model's form
+
+
+def _skills(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem]:
+    """Every skill in turn, so that the first few items are of all."""
+    for number, asked in _in_turn([row for row in ROWS if row != RAW]):
+        exchange = asked.exchange
+        group = f"{asked.row}, {exchange.language.name}"
+        pictures = tuple(partial(draw, scene) for scene in asked.scenes)
+        more = {"question": asked}
+        yield Item(f"{group} {number}", pictures, exchange.question, exchange.answer, group=group, more=more)
+
+
+def _phrases(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem]:
+    """One phrase and its box in pixels."""
+    for number, asked in _in_turn([RAW]):
+        exchange, scene = asked.exchange, asked.scenes[0]
+        sides = (scene.width, scene.height, scene.width, scene.height)
+        truth = [side * place / 1000 for side, place in zip(sides, exchange.targets[0], strict=True)]
+        language = exchange.language.name
+        yield Item(
+            f"{language} {number}",
+            (partial(draw, scene),),
+            exchange.phrase,
+            truth,
+            group=language,
+            more={"width": scene.width, "height": scene.height},
+        )
+
+
+def _in_turn(rows: Sequence[str]) -> Iterator[tuple[int, Question]]:
+    """The first question of every skill and language, then the second of each."""
+    asked = questions(Split.TEST, EACH, rows=rows)
+    for number in range(EACH):
+        for found in asked[number::EACH]:
+            yield number + 1, found
+
+
+SMALL_BENCHMARKS = (
+    Benchmark("tiny", "Small model: skills", "", SMALL, (Source((), _skills, ""),), ""),
+    Benchmark("tiny_grounding", "Small model: phrases", "", REGION, (Source((), _phrases, ""),), ""),
+)
