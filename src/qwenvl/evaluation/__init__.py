@@ -1,0 +1,1 @@
+"""Benchmarks' metrics: what a model's answers are worth against people's."""
