@@ -4,7 +4,7 @@ CaptionScores       the corpus's scores and every image's
 score_captions      tokenize and score captions of images
 bleu, rouge_l, cider    each on tokenized sentences
 
-pycocoevalcap itself is 100 MB of Java, so these are our own, from the papers, with its choices where they leave one open.
+pycocoevalcap itself is 100 MB of Java, so these are our own, with its choices where the papers leave one open.
 METEOR and SPICE are not here: both are Java programs.
 """
 
@@ -76,7 +76,7 @@ def score_captions(candidates: Mapping[str, str], references: Mapping[str, Seque
 def bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[Score]:
     """BLEU-1 .. BLEU-4 (Papineni 2002) of words, per image candidates and references; one Score per order.
 
-    The corpus adds up matches and lengths before dividing, and takes of each image the reference whose length is nearest
+    The corpus adds up matches and lengths before dividing, and takes of each image the reference of the nearest length
     (the shorter on a tie). Image scores are smoothed by TINY and SMALL: no match of an order gives nearly 0, not 0.
     Raises PromptError as score_captions does.
     """
@@ -197,7 +197,9 @@ def _common(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def _cosine(candidate: Mapping[Ngram, float], reference: Mapping[Ngram, float]) -> float:
-    """Cosine of two sparse vectors, the candidate's weights clipped to the reference's: repeating a word earns nothing."""
-    dot = sum(min(weight, reference[ngram]) * reference[ngram] for ngram, weight in candidate.items() if ngram in reference)
+    """Cosine of two sparse vectors, the candidate's weights clipped to the reference's: repeating earns nothing."""
+    dot = sum(
+        min(weight, reference[ngram]) * reference[ngram] for ngram, weight in candidate.items() if ngram in reference
+    )
     lengths = math.sqrt(sum(w * w for w in candidate.values())) * math.sqrt(sum(w * w for w in reference.values()))
     return dot / lengths if lengths else dot

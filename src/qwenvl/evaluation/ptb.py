@@ -2,8 +2,8 @@
 
 tokenize    captions to lower-case words, joined by single spaces, without punctuation
 
-The reference is pycocoevalcap 1.2's PTBTokenizer: Stanford's Java tokenizer with -preserveLines -lowerCase, and a filter
-over its output. The rules here are our own, found by watching it; like it, they take the longest match at every place.
+The reference is pycocoevalcap 1.2's PTBTokenizer: Stanford's Java tokenizer with -preserveLines -lowerCase, and a
+filter over its output. The rules here are our own, found by watching it; like it, they take the longest match everywhere.
 """
 
 from __future__ import annotations
@@ -19,9 +19,26 @@ PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", 
 
 # Single characters that come out as others. Euro to dollar and pound to "#" are the Treebank's 7-bit habits.
 SPELLED = {
-    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
-    **{"¢": "cents", "£": "#", "¤": "$", "₠": "$", "€": "$"},
-    **{"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "…": "...", "–": "--", "—": "--", "―": "--"},
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    "¢": "cents",
+    "£": "#",
+    "¤": "$",
+    "₠": "$",
+    "€": "$",
+    "¼": "1/4",
+    "½": "1/2",
+    "¾": "3/4",
+    "⅓": "1/3",
+    "⅔": "2/3",
+    "…": "...",
+    "–": "--",
+    "—": "--",
+    "―": "--",
     **dict.fromkeys('"“”«»', "''"),
     **dict.fromkeys("‘’‛‹›", "'"),
 }
@@ -35,13 +52,16 @@ SYMBOLS = (
 )
 
 # Abbreviations whose period belongs to them, in any case; CAPITALISED ones only when they do not start in lower case.
-ABBREVIATIONS = """adm al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros calif capt cf cmdr co
-    col colo conn corp cos cpl ct dec dept det dr ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl
-    invt jan jos jr jul jun kan kans ky lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt natl
-    neb nev nov oct okla penn pfc ph plc pres prof profs pty pvt rd rep reps rev rt sen sens sep sept sgt spc sq sr st ste
-    supt tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo""".split()
-CAPITALISED = "ark del ill la mass miss ore pa tex wash".split()
-BEFORE_NUMBERS = "art ca fig figs no nos op pp prop".split()
+ABBREVIATIONS = (
+    "adm al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros calif capt cf cmdr "
+    "co col colo conn corp cos cpl ct dec dept det dr ens esq est etc ext feb fla fri ft ga gen gov govs hon "
+    "inc ind insp intl invt jan jos jr jul jun kan kans ky lt ltd maj mar md messrs mfg mich minn mlle mme mo "
+    "mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc pres prof profs pty pvt rd rep reps "
+    "rev rt sen sens sep sept sgt spc sq sr st ste supt tel tenn thu thurs treas tue tues univ va vs vt wed "
+    "wis wisc wm wyo"
+)
+CAPITALISED = "ark del ill la mass miss ore pa tex wash"
+BEFORE_NUMBERS = "art ca fig figs no nos op pp prop"
 
 Spelling = Callable[[str], str]
 
@@ -49,8 +69,9 @@ Spelling = Callable[[str], str]
 def tokenize(captions: Sequence[str]) -> list[str]:
     """Split each caption into lower-case words joined by single spaces; punctuation is dropped, in order, one for one.
 
-    Quirk of the reference not kept: CR, VT, FF, U+0085, U+2028 and U+2029 (LF alone is protected) end a line there, so a
+    Quirk of the reference not kept: CR, VT, FF, U+2028 and U+2029 (LF alone is protected) end a line there, so a
     caption that holds one becomes two and every later caption is scored against another image. Here they are spaces.
+    Words are the reference's on ordinary English; rare shapes differ: "127.0.0.1" after numbers, "s'mores", new scripts.
     A word may hold a no-break space ("1 1/2", "555 555 5555" are one word each), as the reference's do.
     """
     return [_tokenize_one(caption) for caption in captions]
@@ -103,10 +124,12 @@ def _rules() -> list[tuple[re.Pattern[str], Spelling]]:
     number = r"(?:\d*(?:[.:,]\d+)+|\d+)"
     initials = r"[A-Za-z](?:\.[A-Za-z])+\.?"
     joint = f"(?:[-_‐‑](?:{initials}|{alnum}+))"
-    names = "|".join(ABBREVIATIONS)
-    capitals = "|".join(f"{name.title()}|{name.upper()}" for name in CAPITALISED)
+    names = ABBREVIATIONS.replace(" ", "|")
+    capitals = "|".join(f"{name.title()}|{name.upper()}" for name in CAPITALISED.split())
     closing = r"[^\s\"<>|(){}.!?,;:'’-]"  # what an address may end in
     rules: list[tuple[str, Spelling]] = [
+        # cannot, more'n: the first half here, the second when it is read for itself.
+        (f"(?i:(can)not|(gon)na|(got)ta|(wan)na|(lem)me|(gim)me|(more){apostrophe}n)(?!{alnum})", str),
         # Words, numbers, and both joined by hyphens, low lines and slashes.
         (f"{word}|{alnum}+", _bare),
         (f"[-+]?{number}", str),
@@ -114,30 +137,38 @@ def _rules() -> list[tuple[re.Pattern[str], Spelling]]:
         (f"{alnum}+(?:/{alnum}+)+(?:-{alnum}+)*|{alnum}+(?:-{alnum}+)+/{alnum}+", _bare),
         # "1 1/2" and telephone numbers are one word, over their spaces.
         (r"\d{1,4}[- \u00a0]\d{1,4}/\d{1,4}", _hard_spaces),
-        (r"(?:\+\d{1,3}[ \u00a0.-]?)?(?:\(\d{2,3}\)[ \u00a0]?|\d{2,4}[ \u00a0.-])\d{3,4}[ \u00a0.-]\d{3,5}", _hard_spaces),
+        (
+            r"(?:\+\d{1,3}[ \u00a0.-]?)?(?:\(\d{2,3}\)[ \u00a0]?|\d{2,4}[ \u00a0.-])\d{3,4}[ \u00a0.-]\d{3,5}",
+            _hard_spaces,
+        ),
         (r"\(\d{3}\)[ \u00a0]?\d{3}[- \u00a0.]\d{4}", _hard_spaces),
-        # don't, it's, cannot: the first half here, the second when it is read for itself.
-        (f"({letter}*(?![nN]){letter})[nN]['’`][tT](?!{alnum})", _bare),
-        (f"[nN]['’`][tT](?!{alnum})|{apostrophe}(?i:ll|re|ve|[smd])(?!{alnum})", _straight),
-        (f"({apostrophe}[tT])(?i:is|was)(?!{letter})|{apostrophe}[tT](?={alnum}*[nN]{apostrophe}[tT])", _straight),
+        # don't, 'twas, y'all: the same.
+        (f"({letter}*(?![nN]){letter})[nN]['’‘`][tT](?!{alnum})", _bare),
+        (f"[nN]['’‘`][tT](?!{alnum})|{apostrophe}(?i:ll|re|ve|[smd])(?!{alnum})", _straight),
+        (f"('[tT])(?i:is|was)(?:[nN]'[tT])?(?!{letter})", str),
         (f"([yY]{apostrophe}){letter}+|([jJ]{apostrophe})ai", _straight),
-        (f"(?i:(can)not|(gon)na|(got)ta|(wan)na|(lem)me|(gim)me|(more){apostrophe}n)(?!{alnum})", str),
         (f"{apostrophe}[nN](?!{letter})", _straight),
         # Apostrophes inside a word, or at an end of it.
-        (f"(?:[A-HJ-XZnlLdD]|(?i:o(?=(?:neil|clock))|xi|hawai|ma|c|o|e|ne)){apostrophe}{letter}{{2,}}", str),
-        (f"(?i:(?:dunkin|somethin|ol){apostrophe}|{apostrophe}(?:em|til|cause|n{apostrophe}))(?!{letter})", _straight),
-        (f"{apostrophe}\\d\\d[sS]?(?!{alnum}|{apostrophe})", str),
+        (
+            f"(?:[A-HJ-XZnlLdD]|(?i:o(?=(?:neil|clock))|xi|ma|c|o|e|ne)){apostrophe}{letter}{{2,}}|(?i:hawai{apostrophe}i)",
+            str,
+        ),
+        (
+            f"(?i:(?:dunkin|somethin|ol){apostrophe}|{apostrophe}(?:em|til|cause))(?!{letter})|{apostrophe}[nN]{apostrophe}",
+            _straight,
+        ),
+        (f"(?<!\\d){apostrophe}\\d\\d[sS]?(?!{alnum}|{apostrophe})", str),
         # Periods that belong to a word.
-        (f"[A-Za-z]\\.|{initials}|(?:(?i:{names})|{capitals})\\.|(?i:ph\\.d)\\.", str),
-        (f"((?i:{'|'.join(BEFORE_NUMBERS)})\\.)[ \u00a0]?\\d", str),
+        (f"(?i:ph\\.d)\\.|{initials}|[A-Za-z]\\.|(?:(?i:{names})|{capitals})\\.", str),
+        (f"((?i:{BEFORE_NUMBERS.replace(' ', '|')})\\.)[ \u00a0]?\\d", str),
         # Addresses, tags, entities, faces.
-        (f"(?i:https?)://[^\\s\"<>|(){{}}]*{closing}", str),
-        (f"(?:[^\\s\"`'<>|./(),@]+\\.)+(?i:com|net|org|edu)(?:/[^\\s\"<>|()]*{closing})?(?!{alnum})", str),
+        (f'(?i:https?)://[^\\s"<>|(){{}}]*{closing}', str),
+        (f'(?:[^\\s"`\'<>|./(),@]+\\.)+(?i:com|net|org|edu)(?:/[^\\s"<>|()]*{closing})?(?!{alnum})', str),
         (r"[A-Za-z0-9][A-Za-z0-9_.+-]*@(?:[A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]+", str),
         (f"@[A-Za-z_][A-Za-z_0-9]*|#{letter}+", str),
         (r"""</?[A-Za-z_][\w:.-]*(?:\s+[\w:.-]+(?:\s*=\s*(?:"[^"]*"|'[^']*'))?)*\s*/?>|<!--[^>]*-->""", _hard_spaces),
         ("&(?:amp|lt|gt|quot|apos|nbsp);", lambda text: {"&amp;": "&", "&lt;": "<", "&gt;": ">"}.get(text, "")),
-        (r"&#\d+;|\^_\^|-_-", str),
+        (r"&#\d+;|\^_\^|-_-|-(?i:[lr][rsc]b)-", str),
         (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])", _hard_spaces),
         (r"[A-Z]+(?:&[A-Z]+)+|[Cc]\+\+|[CcFf]#|(?:US|HK|NZ|[ACRSM])\$", str),
         # Punctuation and symbols. Three or four hyphens are a dash; more stay as they are.
@@ -156,7 +187,7 @@ def _bare(text: str) -> str:
 
 def _straight(text: str) -> str:
     """The apostrophe of a split word is written in ASCII."""
-    return text.replace("’", "'")
+    return text.replace("’", "'").replace("‘", "`")
 
 
 def _hard_spaces(text: str) -> str:
