@@ -3,7 +3,7 @@
 tokenize    captions to lower-case words, joined by single spaces, without punctuation
 
 The reference is pycocoevalcap 1.2's PTBTokenizer: Stanford's Java tokenizer with -preserveLines -lowerCase, and a
-filter over its output. The rules here are our own, found by watching it; like it, they take the longest match everywhere.
+filter over its output. The rules here are our own, found by watching it; as there, the longest match wins.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
 
     Quirk of the reference not kept: CR, VT, FF, U+2028 and U+2029 (LF alone is protected) end a line there, so a
     caption that holds one becomes two and every later caption is scored against another image. Here they are spaces.
-    Words are the reference's on ordinary English; rare shapes differ: "127.0.0.1" after numbers, "s'mores", new scripts.
+    Words are the reference's on ordinary English; rare ones differ: "127.0.0.1" after numbers, "s'mores", new scripts.
     A word may hold a no-break space ("1 1/2", "555 555 5555" are one word each), as the reference's do.
     """
     return [_tokenize_one(caption) for caption in captions]
