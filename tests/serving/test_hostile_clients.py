@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import http.client
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +88,14 @@ def test_all_bodies_together_are_bounded(pipeline: Pipeline, monkeypatch: pytest
         until(lambda: server.chat(max_tokens=2).status_code == 200)
 
 
+def answered(sock: socket.socket) -> int:
+    """The status of an answer, which is read to its end, in however many pieces it comes."""
+    answer = http.client.HTTPResponse(sock)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
 def test_a_head_that_does_not_come(strict: Running) -> None:
     """Silence, half a head, a header now and then, also on a connection that has had its answer: closed in time."""
     whole = head(len(question(strict))) + question(strict)
@@ -93,17 +103,17 @@ def test_a_head_that_does_not_come(strict: Running) -> None:
         begun = time.monotonic()
         with connected(strict, sent) as sock:
             if sent == whole:
-                assert b"200 OK" in sock.recv(1 << 16)
+                assert answered(sock) == 200
                 sock.sendall(b"GET /health HTTP/1.1\r\n")
             elif sent:
                 dribble(sock, b"X: y\r\n")
             received(sock)
         assert time.monotonic() - begun > 0.4
     with connected(strict, whole) as sock:  # who is in time keeps the connection
-        assert b"200 OK" in sock.recv(1 << 16)
+        assert answered(sock) == 200
         time.sleep(0.7)
         sock.sendall(whole)
-        assert b"200 OK" in sock.recv(1 << 16)
+        assert answered(sock) == 200
 
 
 def test_a_head_without_end(strict: Running) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks' metrics: what a model's answers are worth against people's."""
+"""The paper's benchmarks: their metrics, item for item as the official scorers have them."""

@@ -1,0 +1,85 @@
+"""All benchmarks, by name and by the paper's tables.
+
+BENCHMARKS  by name
+find        the benchmarks that a word of the command line means
+read        a benchmark's data from a folder
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .benchmark import Benchmark, Dataset, Source
+from .items import DataError, Item, Places, Problem
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def find(words: Sequence[str]) -> list[Benchmark]:
+    """Each benchmark that is named, once, in order; "table4" to "table7" are those of a table. Raises DataError."""
+    found: dict[str, Benchmark] = {}
+    for word in words:
+        table = {name: one for name, one in BENCHMARKS.items() if word == f"table{one.table}"}
+        chosen = table or {name: one for name, one in BENCHMARKS.items() if name == word}
+        if not chosen:
+            near = difflib.get_close_matches(word, BENCHMARKS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise DataError(f"there is no benchmark {word}: {hint}`qwenvl eval list` shows those that there are")
+        found |= chosen
+    return list(found.values())
+
+
+def source_of(benchmark: Benchmark, root: str | Path) -> Source:
+    """The first form of the data whose files are all in the folder. Raises DataError, saying what is missing."""
+    places = Places(root, benchmark.folder)
+    if not places.root.is_dir():
+        raise DataError(f"there is no folder {places.root}")
+    for source in benchmark.sources:
+        if all(os.path.isfile(places.file(name)) for name in source.files):
+            return source
+    wanted = ", or ".join(" with ".join(source.files) for source in benchmark.sources)
+    raise DataError(
+        f"{benchmark.name}: {places.root / benchmark.folder} should have {wanted}; `qwenvl eval prepare "
+        f"{benchmark.name} {places.root}` says where they are published"
+    )
+
+
+def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Dataset:
+    """A benchmark's items, and what is wrong with those that are left out; with `shots`, also its examples.
+
+    Left out are entries that cannot be read, those with an id that an earlier one has, and those without their
+    pictures. Raises DataError where there are no files, or examples were asked for and there are none.
+    """
+    places, source = Places(root, benchmark.folder), source_of(benchmark, root)
+    files = [places.file(name) for name in source.files]
+    items, problems = _checked(source.read(files, places))
+    examples: list[Item] = []
+    if shots:
+        names = [places.file(name) for name in source.shots]
+        missing = [str(path) for path in names if not path.is_file()]
+        if missing or not names:
+            what = f"{missing[0]} is missing" if missing else "its data have none"
+            raise DataError(f"{benchmark.name}: few-shot examples come from a split for training, and {what}")
+        examples, wrong = _checked(source.read(names, places))
+        problems += wrong
+    return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
+
+
+def _checked(found: Iterable[Item | Problem]) -> tuple[list[Item], list[Problem]]:
+    items: dict[str, Item] = {}
+    problems: list[Problem] = []
+    for one in found:
+        if isinstance(one, Problem):
+            problems.append(one)
+        elif one.id in items:
+            problems.append(Problem("duplicate id", one.id, "another item before it has this id"))
+        elif gone := [path for path in one.pictures if isinstance(path, Path) and not os.path.isfile(path)]:
+            problems.append(Problem("missing picture", one.id, f"there is no {gone[0]}"))
+        elif not one.pictures:
+            problems.append(Problem("missing picture", one.id, "it names no picture"))
+        else:
+            items[one.id] = one
+    return list(items.values()), problems
