@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qwenvl.errors import PromptError
 from qwenvl.evaluation.captions import bleu, cider, rouge_l, score_captions
-from qwenvl.evaluation.ptb import tokenize
+from qwenvl.evaluation.items import DataError
+from qwenvl.evaluation.ptb import SPANNING, _words, tokenize
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "metrics"
 TEXTS = json.loads((GOLDENS / "ptb_tokenizer.json").read_text(encoding="utf-8"))["items"]
@@ -66,6 +68,45 @@ def test_quirks_of_the_words(text: str, words: str) -> None:
     assert tokenize([text]) == [words]
 
 
+# What rules are about, so that chance finds their corners; between them, whatever Unicode has.
+PIECES = [
+    *"aAnNtTyYdD'’‘`.,:;!?-–_/\\@#&$€()[]<>=*\"^0159 \u00a0\n\r\v\u2028\u00adé你🐶",
+    "can't",
+    "cannot",
+    "art.",
+    ". .",
+    "1/2",
+]
+TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.characters()), max_size=25).map("".join)
+
+
+@given(st.lists(TEXT, max_size=4))
+def test_any_text_becomes_one_line_of_words(captions: list[str]) -> None:
+    """Protects the scorer from hostile captions: one string for each, never an error, a line end or a doubled space."""
+    lines = tokenize(captions)
+    assert len(lines) == len(captions)
+    for line in lines:
+        assert line == " ".join(word for word in line.split(" ") if word)
+        assert len(line.splitlines()) <= 1
+
+
+@given(st.lists(st.from_regex("[a-z]{1,9}", fullmatch=True)).map(" ".join))
+def test_plain_words_are_settled(caption: str) -> None:
+    """Protects captions that were tokenized before, which stay; plain words only part, as "cannot" does."""
+    (line,) = tokenize([caption])
+    assert tokenize([line]) == [line]
+    assert line.replace(" ", "") == caption.replace(" ", "")
+
+
+@given(TEXT)
+def test_words_are_the_same_read_between_spaces(caption: str) -> None:
+    """Protects the short cut that remembers what stands between spaces: it is taken only where no rule spans them."""
+    assert tokenize([caption]) == [" ".join(_words(caption))]
+    assert SPANNING.search(caption) or [word for part in caption.split() for word in _words(part)] == list(
+        _words(caption)
+    )
+
+
 def test_scores_of_the_corpus_and_of_every_image() -> None:
     """Protects every metric's number from raw text to score, over all stored images together."""
     scores = score_captions(*corpus(len(CAPTIONS["items"])))
@@ -116,7 +157,7 @@ def test_no_candidate_is_worth_nearly_nothing() -> None:
 )
 def test_what_cannot_be_scored_is_refused(candidates: dict[str, str], references: dict[str, list[str]]) -> None:
     """Protects the user from a score of nothing, or of captions matched with other images' references."""
-    with pytest.raises(PromptError, match=r"image|corpus"):
+    with pytest.raises(DataError, match=r"picture|captions"):
         score_captions(candidates, references)
 
 
@@ -124,5 +165,5 @@ def test_what_cannot_be_scored_is_refused(candidates: dict[str, str], references
 @pytest.mark.parametrize(("said", "wanted"), [([], []), ([["a"]], [[]]), ([["a"]], [])], ids=["empty", "none", "fewer"])
 def test_metrics_refuse_alone_too(metric: Any, said: list[list[str]], wanted: list[list[list[str]]]) -> None:
     """Protects callers that tokenize for themselves."""
-    with pytest.raises(PromptError):
+    with pytest.raises(DataError):
         metric(said, wanted)

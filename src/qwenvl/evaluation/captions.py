@@ -1,41 +1,48 @@
-"""How near a model's captions come to people's: BLEU-1..4, ROUGE-L and CIDEr, with the numbers of pycocoevalcap 1.2.
+"""Captions beside people's: BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
 
-CaptionScores       the corpus's scores and every image's
-score_captions      tokenize and score captions of images
-bleu, rouge_l, cider    each on tokenized sentences
+score_captions      captions of pictures, as text
+CaptionScores       what that gives: of all pictures, and of each
+bleu, rouge_l, cider    each metric alone, of sentences that are lists of words
+Score               what these give
 
-pycocoevalcap itself is 100 MB of Java, so these are our own, with its choices where the papers leave one open.
-METEOR and SPICE are not here: both are Java programs.
+Written from the papers: BLEU, Papineni 2002; ROUGE-L, Lin 2004; CIDEr-D, Vedantam 2015. Where a paper leaves a choice
+open the numbers are those of pycocoevalcap 1.2, quirks included; each function says which. METEOR, which needs a Java
+program and its data, is left out.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
+from typing import TypeAlias
 
-from ..errors import PromptError
+from .items import DataError
 from .ptb import tokenize
 
-ORDERS = 4  # n-grams of one to four words
-CIDER_SIGMA = 6.0  # width of the penalty on lengths, in bigrams
-ROUGE_BETA = 1.2  # weight of recall against precision
+Sentence: TypeAlias = "Sequence[str]"
+Ngram: TypeAlias = "tuple[str, ...]"
+Counts: TypeAlias = "Counter[Ngram]"  # how often a sentence has each n-gram of one order
 
-# What bleu keeps its divisions defined with; the references' scores carry it in the tenth digit.
-TINY, SMALL = 1e-15, 1e-9
-
-Ngram = tuple[str, ...]
-Vector = list[dict[Ngram, float]]  # per order, the weight of each n-gram
+ORDERS = range(1, 5)  # n-grams of one word to four
+RECALL_WEIGHT = 1.2**2  # ROUGE-L's beta, squared: recall counts for more than precision
+LENGTH_DEVIATION = 6.0  # CIDEr-D's sigma: how many bigrams more or fewer cost a factor of exp(-1/2)
+CIDER_SCALE = 10.0
+# Added above and below the line of BLEU's divisions, so that a picture without a match has a score close to 0, not 0.
+ABOVE, BELOW = 1e-15, 1e-9
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores of captions; keys are "Bleu_1" .. "Bleu_4", "ROUGE_L", "CIDEr", as pycocoevalcap writes them.
+    """Scores by metric: "Bleu_1" to "Bleu_4", "ROUGE_L" and "CIDEr".
 
-    corpus  one number per metric, 0..1 (CIDEr 0..10). For BLEU this is not the mean over images.
-    images  the same per image, under the image's key
+    Attributes:
+        corpus: of all pictures together, from 0 to 1, CIDEr to 10; of BLEU this is not the mean over the pictures.
+        images: of each picture, by its key.
     """
 
     corpus: dict[str, float]
@@ -44,162 +51,186 @@ class CaptionScores:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric: of the whole corpus, and of each image in the order given."""
+    """One metric, of all pictures together and of each, in the order given."""
 
     corpus: float
     images: list[float]
 
 
 def score_captions(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
-    """Score one candidate per image against that image's references; both hold raw text under the same image keys.
+    """A caption of each picture beside people's captions of it, as text, by the same keys.
 
-    CIDEr weighs words by the references of the images scored together, so an image's CIDEr depends on the others.
-    Raises PromptError for an empty corpus, an image without references, and keys that differ.
+    CIDEr weighs words by all references here, so a picture's score depends on which other pictures are scored with it.
+    Raises DataError for no picture, a picture without references, and keys that differ.
     """
-    if candidates.keys() != references.keys():
-        odd = sorted(map(str, candidates.keys() ^ references.keys()))[0]
-        raise PromptError(f"image {odd!r} needs both a candidate and references")
-    keys = list(candidates)
-    for key in keys:
-        if isinstance(references[key], str) or not references[key]:
-            raise PromptError(f"image {key!r} has no list of references to score against")
-    said = [sentence.split(" ") for sentence in tokenize([candidates[key] for key in keys])]
-    wanted = [[sentence.split(" ") for sentence in tokenize(references[key])] for key in keys]
-    metrics = {f"Bleu_{order}": score for order, score in enumerate(bleu(said, wanted), start=1)}
+    if odd := candidates.keys() ^ references.keys():
+        raise DataError(f"picture {min(odd)!r} should have both a caption and references")
+    for key, texts in references.items():
+        if isinstance(texts, str) or not texts:
+            raise DataError(f"picture {key!r} has no list of references")
+    said = [text.split(" ") for text in tokenize(list(candidates.values()))]
+    wanted = [[text.split(" ") for text in tokenize(references[key])] for key in candidates]
+    metrics = {f"Bleu_{order}": score for order, score in zip(ORDERS, bleu(said, wanted), strict=True)}
     metrics |= {"ROUGE_L": rouge_l(said, wanted), "CIDEr": cider(said, wanted)}
     return CaptionScores(
         {name: score.corpus for name, score in metrics.items()},
-        {key: {name: score.images[row] for name, score in metrics.items()} for row, key in enumerate(keys)},
+        {key: {name: score.images[at] for name, score in metrics.items()} for at, key in enumerate(candidates)},
     )
 
 
-def bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[Score]:
-    """BLEU-1 .. BLEU-4 (Papineni 2002) of words, per image candidates and references; one Score per order.
+def bleu(candidates: Sequence[Sentence], references: Sequence[Sequence[Sentence]]) -> list[Score]:
+    """BLEU-1 to BLEU-4. All pictures together are scored as one, whose counts are the sums of theirs.
 
-    The corpus adds up matches and lengths before dividing, and takes of each image the reference of the nearest length
-    (the shorter on a tie). Image scores are smoothed by TINY and SMALL: no match of an order gives nearly 0, not 0.
-    Raises PromptError as score_captions does.
+    The length that counts is that of the reference nearest in length, and of two as near, of the shorter.
+    Raises DataError for no picture and for one without references.
     """
-    _require_corpus(candidates, references)
-    images: list[list[float]] = []
-    matched, possible = [0] * ORDERS, [0] * ORDERS
-    length, nearest = 0, 0
-    for candidate, wanted in zip(candidates, references, strict=True):
-        words = _words(candidate)
-        counts = _ngrams(words)
-        ceiling: Counter[Ngram] = Counter()
-        for reference in wanted:
-            ceiling |= _ngrams(_words(reference))
-        here = [0] * ORDERS
-        for ngram, count in (counts & ceiling).items():
-            here[len(ngram) - 1] += count
-        room = [max(0, len(words) - order) for order in range(ORDERS)]
-        near = min((len(_words(reference)) for reference in wanted), key=lambda n: (abs(n - len(words)), n))
-        images.append(_bleu_of(here, room, len(words), near))
-        matched = [total + more for total, more in zip(matched, here, strict=True)]
-        possible = [total + more for total, more in zip(possible, room, strict=True)]
-        length, nearest = length + len(words), nearest + near
-    corpus = _bleu_of(matched, possible, length, nearest)
-    return [Score(corpus[order], [image[order] for image in images]) for order in range(ORDERS)]
-
-
-def rouge_l(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Score:
-    """ROUGE-L (Lin 2004) of words: an F-measure over the longest common subsequence; the corpus is the mean.
-
-    Quirk of the reference: the best precision and the best recall may come from two different references.
-    Raises PromptError as score_captions does.
-    """
-    _require_corpus(candidates, references)
-    images = []
-    for candidate, wanted in zip(candidates, references, strict=True):
-        common = [_common(candidate, reference) for reference in wanted]
-        precision = max(shared / max(1, len(candidate)) for shared in common)
-        recall = max(shared / max(1, len(reference)) for shared, reference in zip(common, wanted, strict=True))
-        squared = ROUGE_BETA**2
-        found = precision > 0 and recall > 0
-        images.append((1 + squared) * precision * recall / (recall + squared * precision) if found else 0.0)
-    return Score(fmean(images), images)
-
-
-def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Score:
-    """CIDEr-D (Vedantam 2015), 0..10, of words: cosines of n-gram vectors weighted by rarity; the corpus is the mean.
-
-    Quirks of the reference: rarity is counted over the references of these images, so a corpus of one image scores 0;
-    the penalty on lengths counts bigrams, not words. Raises PromptError as score_captions does.
-    """
-    _require_corpus(candidates, references)
-    seen: Counter[Ngram] = Counter()
-    for wanted in references:
-        seen.update({ngram for reference in wanted for ngram in _ngrams(_words(reference))})
-    log_images = math.log(len(references))
-
-    def vector(words: Sequence[str]) -> Vector:
-        weights: Vector = [{} for _ in range(ORDERS)]
-        for ngram, count in _ngrams(_words(words)).items():
-            weights[len(ngram) - 1][ngram] = count * (log_images - math.log(max(1, seen[ngram])))
-        return weights
-
-    images = []
-    for candidate, wanted in zip(candidates, references, strict=True):
-        ours, ours_bigrams = vector(candidate), max(0, len(_words(candidate)) - 1)
-        total = 0.0
-        for reference in wanted:
-            difference = ours_bigrams - max(0, len(_words(reference)) - 1)
-            penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-            total += penalty * fmean(map(_cosine, ours, vector(reference)))
-        images.append(10 * total / len(wanted))
-    return Score(fmean(images), images)
-
-
-def _require_corpus(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> None:
-    """Refuse what no score is defined for."""
-    if not candidates:
-        raise PromptError("no captions to score: the corpus is empty")
-    if len(candidates) != len(references):
-        raise PromptError(f"{len(candidates)} candidates do not match the references of {len(references)} images")
-    for row, wanted in enumerate(references):
-        if not wanted:
-            raise PromptError(f"image number {row} has no references to score against")
-
-
-def _words(sentence: Sequence[str]) -> list[str]:
-    """What BLEU and CIDEr count: they split at no-break spaces too, and know no empty word. ROUGE-L has both."""
-    return " ".join(sentence).split()
-
-
-def _ngrams(words: Sequence[str]) -> Counter[Ngram]:
-    """How often each run of one to four words occurs."""
-    spans = ((start, order) for order in range(1, ORDERS + 1) for start in range(len(words) - order + 1))
-    return Counter(tuple(words[start : start + order]) for start, order in spans)
-
-
-def _bleu_of(matched: Sequence[int], possible: Sequence[int], length: int, nearest: int) -> list[float]:
-    """BLEU of each order from counts, times the brevity penalty of `length` words against `nearest`."""
-    ratio = (length + TINY) / (nearest + SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for order, (hits, room) in enumerate(zip(matched, possible, strict=True), start=1):
-        product *= (hits + TINY) / (room + SMALL)
-        scores.append(product ** (1 / order) * brevity)
+    said, wanted = _counted_words(candidates, references)
+    lengths = [len(words) for words in said]
+    nearest = [_nearest(length, group) for length, group in zip(lengths, wanted, strict=True)]
+    brevity = [_brevity(own, other) for own, other in zip(_with_sum(lengths), _with_sum(nearest), strict=True)]
+    products = [1.0] * len(brevity)
+    scores = []
+    for order in ORDERS:
+        matched = [_matches(words, group, order) for words, group in zip(said, wanted, strict=True)]
+        possible = [max(0, length - order + 1) for length in lengths]
+        for at, (hits, most) in enumerate(zip(_with_sum(matched), _with_sum(possible), strict=True)):
+            products[at] *= (hits + ABOVE) / (most + BELOW)
+        *images, corpus = (product ** (1 / order) * factor for product, factor in zip(products, brevity, strict=True))
+        scores.append(Score(corpus, images))
     return scores
 
 
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence, in words."""
-    row = [0] * (len(other) + 1)
-    for word in one:
-        above_left = 0
-        for column, match in enumerate(other, start=1):
-            above = row[column]
-            row[column] = above_left + 1 if word == match else max(above, row[column - 1])
-            above_left = above
-    return row[-1]
+def rouge_l(candidates: Sequence[Sentence], references: Sequence[Sequence[Sentence]]) -> Score:
+    """ROUGE-L: the F-measure of the longest common subsequence; of all pictures, the mean.
+
+    A quirk: the highest precision and the highest recall are taken, be they of different references.
+    Raises DataError for no picture and for one without references.
+    """
+    _check(candidates, references)
+    images = []
+    for words, group in zip(candidates, references, strict=True):
+        common = _common_lengths(words, group)
+        precision = max(common) / max(1, len(words))
+        recall = max(length / max(1, len(other)) for length, other in zip(common, group, strict=True))
+        weighed = recall + RECALL_WEIGHT * precision
+        images.append((1 + RECALL_WEIGHT) * precision * recall / weighed if weighed else 0.0)
+    return Score(fmean(images), images)
 
 
-def _cosine(candidate: Mapping[Ngram, float], reference: Mapping[Ngram, float]) -> float:
-    """Cosine of two sparse vectors, the candidate's weights clipped to the reference's: repeating earns nothing."""
-    dot = sum(
-        min(weight, reference[ngram]) * reference[ngram] for ngram, weight in candidate.items() if ngram in reference
-    )
-    lengths = math.sqrt(sum(w * w for w in candidate.values())) * math.sqrt(sum(w * w for w in reference.values()))
-    return dot / lengths if lengths else dot
+def cider(candidates: Sequence[Sentence], references: Sequence[Sequence[Sentence]]) -> Score:
+    """CIDEr-D, to 10: how much of what is rare elsewhere captions share, the mean over the orders and the references.
+
+    Quirks: an n-gram is as rare as these pictures' references have it, so one picture alone scores 0; and lengths are
+    compared in bigrams. Raises DataError for no picture and for one without references.
+    """
+    said, wanted = _counted_words(candidates, references)
+    nearness = [
+        [_length_nearness(len(words), len(other)) for other in group] for words, group in zip(said, wanted, strict=True)
+    ]
+    by_order = [_shared_rarity(said, wanted, nearness, order) for order in ORDERS]
+    images = [CIDER_SCALE * fmean(orders) for orders in zip(*by_order, strict=True)]
+    return Score(fmean(images), images)
+
+
+def _check(candidates: Sequence[Sentence], references: Sequence[Sequence[Sentence]]) -> None:
+    if not candidates:
+        raise DataError("there are no captions to score")
+    if len(candidates) != len(references):
+        raise DataError(f"there are {len(candidates)} captions, and references of {len(references)} pictures")
+    for number, group in enumerate(references, 1):
+        if not group:
+            raise DataError(f"picture number {number} has no references")
+
+
+def _counted_words(
+    candidates: Sequence[Sentence], references: Sequence[Sequence[Sentence]]
+) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Sentences as BLEU and CIDEr count them: no-break spaces part words too, and none is empty. Raises DataError.
+
+    ROUGE-L takes sentences as they are.
+    """
+    _check(candidates, references)
+    return [_parted(words) for words in candidates], [[_parted(words) for words in group] for group in references]
+
+
+def _parted(words: Sentence) -> list[str]:
+    return " ".join(words).split()
+
+
+def _counts(words: Sentence, order: int) -> Counts:
+    """How often each run of `order` words occurs."""
+    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
+
+
+def _with_sum(numbers: Sequence[int]) -> list[int]:
+    """The numbers, and their sum after them."""
+    return [*numbers, sum(numbers)]
+
+
+def _nearest(length: int, group: Sequence[Sentence]) -> int:
+    """The length nearest to it; of two as near, the shorter."""
+    return min((len(other) for other in group), key=lambda other: (abs(other - length), other))
+
+
+def _brevity(length: int, nearest: int) -> float:
+    """BLEU's penalty on captions shorter than the reference."""
+    ratio = (length + ABOVE) / (nearest + BELOW)
+    return math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+
+
+def _matches(words: Sentence, group: Sequence[Sentence], order: int) -> int:
+    """How many n-grams are in a reference, each as often as the reference that has it most often."""
+    others = [_counts(other, order) for other in group]
+    return sum(min(count, max(other[ngram] for other in others)) for ngram, count in _counts(words, order).items())
+
+
+def _common_lengths(words: Sentence, group: Sequence[Sentence]) -> list[int]:
+    """The length of the longest subsequence in common with each of the others (Hunt and Szymanski 1977)."""
+    places: dict[str, list[int]] = {}
+    for place in reversed(range(len(words))):
+        places.setdefault(words[place], []).append(place)
+    lengths = []
+    for other in group:
+        ends: list[int] = []  # by length, where the subsequence that ends first does so
+        for place in chain.from_iterable(places.get(word, ()) for word in other):
+            length = bisect_left(ends, place)
+            ends[length : length + 1] = [place]
+        lengths.append(len(ends))
+    return lengths
+
+
+def _length_nearness(one: int, other: int) -> float:
+    """CIDEr-D's Gaussian of the difference in length; sentences of one word and of none have no bigrams alike."""
+    difference = max(one, 1) - max(other, 1)
+    return math.exp(-0.5 * (difference / LENGTH_DEVIATION) ** 2)
+
+
+def _shared_rarity(
+    said: Sequence[Sentence], wanted: Sequence[Sequence[Sentence]], nearness: Sequence[Sequence[float]], order: int
+) -> list[float]:
+    """CIDEr-D of one order, from 0 to 1, of each picture.
+
+    A sentence is a vector of counts times logarithms of rarity; that is kept as counts, and the squares of the latter.
+    """
+    groups = [[_counts(other, order) for other in group] for group in wanted]
+    pictures_with = Counter(chain.from_iterable(set().union(*group) for group in groups))
+    squares = {ngram: math.log(len(groups) / pictures) ** 2 for ngram, pictures in pictures_with.items()}
+    unseen = math.log(len(groups)) ** 2
+
+    def length(counts: Counts) -> float:
+        return math.sqrt(sum(count * count * squares.get(ngram, unseen) for ngram, count in counts.items()))
+
+    def similarity(own: Counts, own_length: float, other: Counts) -> float:
+        """The cosine; an n-gram that is repeated more often than the reference has it earns no more."""
+        shared = own.keys() & other.keys()
+        product = sum(min(own[ngram], other[ngram]) * other[ngram] * squares[ngram] for ngram in shared)
+        return product / (own_length * length(other)) if product else 0.0
+
+    scores = []
+    for words, group, factors in zip(said, groups, nearness, strict=True):
+        own = _counts(words, order)
+        own_length = length(own)
+        scores.append(
+            fmean(factor * similarity(own, own_length, other) for factor, other in zip(factors, group, strict=True))
+        )
+    return scores

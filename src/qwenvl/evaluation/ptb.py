@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 
 # Punctuation that the reference drops, where it is a word of its own. It lists brackets too, in capitals that the
 # lower-cased text never has: "-lrb-" stays a word. Runs such as "!!!" or "?!" are not listed and stay.
@@ -63,6 +64,10 @@ ABBREVIATIONS = (
 CAPITALISED = "ark del ill la mass miss ore pa tex wash"
 BEFORE_NUMBERS = "art ca fig figs no nos op pp prop"
 
+# Without one of these no rule reaches over a space: what stands between spaces can be read, and remembered, by itself.
+SPANNING = re.compile(r"[\d<]|\.\s\.")
+REMEMBERED = 1 << 16  # texts; captions use few words, time and again
+
 Spelling = Callable[[str], str]
 
 
@@ -74,28 +79,33 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     Words are the reference's on ordinary English; rare ones differ: "127.0.0.1" after numbers, "s'mores", new scripts.
     A word may hold a no-break space ("1 1/2", "555 555 5555" are one word each), as the reference's do.
     """
-    return [_tokenize_one(caption) for caption in captions]
+    words = [
+        chain.from_iterable(map(_words, [caption] if SPANNING.search(caption) else caption.split()))
+        for caption in captions
+    ]
+    return [" ".join(found) for found in words]
 
 
-def _tokenize_one(caption: str) -> str:
-    """One caption; see `tokenize`."""
+@lru_cache(maxsize=REMEMBERED)
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a text, in which the longest match of a rule wins, time and again."""
     words: list[str] = []
     at = 0
-    while at < len(caption):
+    while at < len(text):
         best, end = 0, at
         spelling: Spelling = str
         for pattern, spell in _rules():
-            found = pattern.match(caption, at)
+            found = pattern.match(text, at)
             if found and found.end() - at > best:
                 best, spelling = found.end() - at, spell
                 end = found.end(found.lastindex or 0)
         if not best:  # space, or a character that the reference drops
             at += 1
             continue
-        word = spelling(caption[at:end]).lower()
+        word = spelling(text[at:end]).lower()
         words += [part for part in word.split(" ") if part and part not in PUNCTUATION]
         at = end
-    return " ".join(words)
+    return tuple(words)
 
 
 @lru_cache(maxsize=1)
