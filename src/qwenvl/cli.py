@@ -1,4 +1,4 @@
-"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | eval | serve | bench | demo`.
+"""The command line: `qwenvl chat | generate | ground | info | convert | quantize | train | eval | serve | ...`.
 
 Heavy modules are imported inside the command that needs them, so that `qwenvl --help` answers at once. A user's
 mistake is one line on stderr and exit status 2; a bug is a traceback.

@@ -51,7 +51,7 @@ def as_rank(run: Command) -> Command:
 
 
 def parallel_of(given: argparse.Namespace) -> str | None:
-    """`--parallel`. Raises ConfigError where many processes would load a whole model each and none said `each_whole`."""
+    """`--parallel`. Raises ConfigError where each of many processes would load a whole model; not if `each_whole`."""
     parallel: str | None = getattr(given, "parallel", None)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and parallel != "tensor" and not getattr(given, "each_whole", False):

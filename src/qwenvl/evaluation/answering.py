@@ -54,8 +54,8 @@ class Answer:
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Answer:
         """From `to_dict`. Raises TypeError for what is none."""
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-        answer = cls(**given)
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        answer = cls(**given)  # type: ignore[arg-type]
         if not (isinstance(answer.id, str) and isinstance(answer.answer, str) and isinstance(answer.losses, tuple)):
             raise TypeError("an answer has an id and a text, or losses")
         return answer

@@ -48,15 +48,17 @@ def source_of(benchmark: Benchmark, root: str | Path) -> Source:
     )
 
 
-def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Dataset:
+def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: int | None = None) -> Dataset:
     """A benchmark's items, and what is wrong with those that are left out; with `shots`, also its examples.
+
+    With `limit`, reading ends once there are so many items.
 
     Left out are entries that cannot be read, those with an id that an earlier one has, and those without their
     pictures. Raises DataError where there are no files, or examples were asked for and there are none.
     """
     places, source = Places(root, benchmark.folder), source_of(benchmark, root)
     files = [places.file(name) for name in source.files]
-    items, problems = _checked(source.read(files, places))
+    items, problems = _checked(source.read(files, places), limit)
     examples: list[Item] = []
     if shots:
         names = [places.file(name) for name in source.shots]
@@ -69,7 +71,7 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Data
     return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
 
 
-def _checked(found: Iterable[Item | Problem]) -> tuple[list[Item], list[Problem]]:
+def _checked(found: Iterable[Item | Problem], limit: int | None = None) -> tuple[list[Item], list[Problem]]:
     items: dict[str, Item] = {}
     problems: list[Problem] = []
     for one in found:
@@ -83,4 +85,6 @@ def _checked(found: Iterable[Item | Problem]) -> tuple[list[Item], list[Problem]
             problems.append(Problem("missing picture", one.id, "it names no picture"))
         else:
             items[one.id] = one
+            if len(items) == limit:
+                break
     return list(items.values()), problems

@@ -121,13 +121,12 @@ def _run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipelin
     data = None if given.data is None else Path(given.data)
     plan = Plan(data, out, given.few_shot, given.seed, given.limit, given.on_error == "skip", given.quiet)
     benchmarks = find(given.benchmark)
-    for benchmark in benchmarks:  # a mistake in the data is told before the model is loaded
-        dataset_of(benchmark, plan)
+    datasets = [dataset_of(benchmark, plan) for benchmark in benchmarks]  # its mistakes are told before a model loads
     ranks = _ranks(given)
     with shared_errors(ranks is not None):
         pipeline = load(given)
         pipeline.start_engine(given.rows, max_length=_longest(benchmarks, pipeline, given.few_shot))
-    reports = [evaluate(benchmark, pipeline, plan, ranks) for benchmark in benchmarks]
+    reports = [evaluate(*one, pipeline, plan, ranks) for one in zip(benchmarks, datasets, strict=True)]
     if given.first:
         print(json.dumps(reports) if given.json else printable(table(reports)))
         if not given.json and not given.quiet:

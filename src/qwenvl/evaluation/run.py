@@ -60,14 +60,14 @@ def dataset_of(benchmark: Benchmark, plan: Plan) -> Dataset:
     """What is to be asked. Raises DataError where something is wrong with the data and `skip` is off."""
     if plan.data is None and benchmark.sources[0].files:
         raise DataError(f"{benchmark.name} needs --data, the folder that `qwenvl eval prepare` checks")
-    found = read(benchmark, plan.data or Path(), shots=plan.few_shot > 0)
+    found = read(benchmark, plan.data or Path(), shots=plan.few_shot > 0, limit=plan.limit)
     if found.problems and not plan.skip:
         raise DataError(f"{benchmark.name}: {counted(found.problems)} (--on-error skip leaves such items out)")
     if not found.items:
         raise DataError(f"{benchmark.name}: there is no item that could be asked" + _why(found.problems))
     if len(found.shots) < plan.few_shot:
         raise DataError(f"{benchmark.name}: {plan.few_shot} examples were asked for, and there are {len(found.shots)}")
-    return Dataset(found.items[: plan.limit], found.problems, found.files, found.shots)
+    return found
 
 
 def counted(problems: Sequence[Problem]) -> str:
@@ -107,8 +107,10 @@ def questions_in(dataset: Dataset) -> str:
     return seen.hexdigest()[:16]
 
 
-def evaluate(benchmark: Benchmark, pipeline: Pipeline, plan: Plan, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Answer every item that has no answer yet, score all, and write and return the report.
+def evaluate(
+    benchmark: Benchmark, dataset: Dataset, pipeline: Pipeline, plan: Plan, ranks: Ranks | None = None
+) -> dict[str, Any]:
+    """Answer every item of `dataset_of` that has no answer yet, score all, and write and return the report.
 
     With `ranks`, each process does so for its share of the items; all of them see the same folder. Each item is
     answered by one of them. Returns the report in the first process, {} in the others. Raises DataError; nothing that
@@ -116,7 +118,7 @@ def evaluate(benchmark: Benchmark, pipeline: Pipeline, plan: Plan, ranks: Ranks 
     """
     together, first = ranks is not None, ranks is None or ranks.first
     folder = plan.out / benchmark.name
-    journal, dataset = Journal(folder), dataset_of(benchmark, plan)
+    journal = Journal(folder)
     settings = settings_of(benchmark, dataset, plan, pipeline)
     with shared_errors(together):
         if first:

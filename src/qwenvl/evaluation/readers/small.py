@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ...training.recipes.tiny_evaluate import ROWS, Question, questions
+from ...training.recipes.tiny_evaluate import ROWS, Question, asked
 from ...training.recipes.tiny_scenes import Split, draw
+from ...training.recipes.tiny_words import LANGUAGES
 from ..benchmark import Benchmark, Source
 from ..forms import REGION, SMALL
 from ..items import Item, Places, Problem
@@ -21,18 +22,18 @@ RAW = "box (raw)"  # what is asked in the base model's form
 
 def _skills(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem]:
     """Every skill in turn, so that the first few items are of all."""
-    for number, asked in _in_turn([row for row in ROWS if row != RAW]):
-        exchange = asked.exchange
-        group = f"{asked.row}, {exchange.language.name}"
-        pictures = tuple(partial(draw, scene) for scene in asked.scenes)
-        more = {"question": asked}
+    for number, question in _in_turn([row for row in ROWS if row != RAW]):
+        exchange = question.exchange
+        group = f"{question.row}, {exchange.language.name}"
+        pictures = tuple(partial(draw, scene) for scene in question.scenes)
+        more = {"question": question}
         yield Item(f"{group} {number}", pictures, exchange.question, exchange.answer, group=group, more=more)
 
 
 def _phrases(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem]:
     """One phrase and its box in pixels."""
-    for number, asked in _in_turn([RAW]):
-        exchange, scene = asked.exchange, asked.scenes[0]
+    for number, question in _in_turn([RAW]):
+        exchange, scene = question.exchange, question.scenes[0]
         sides = (scene.width, scene.height, scene.width, scene.height)
         truth = [side * place / 1000 for side, place in zip(sides, exchange.targets[0], strict=True)]
         language = exchange.language.name
@@ -48,10 +49,10 @@ def _phrases(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem
 
 def _in_turn(rows: Sequence[str]) -> Iterator[tuple[int, Question]]:
     """The first question of every skill and language, then the second of each."""
-    asked = questions(Split.TEST, EACH, rows=rows)
-    for number in range(EACH):
-        for found in asked[number::EACH]:
-            yield number + 1, found
+    streams = [asked(row, language, Split.TEST) for row in rows for language in LANGUAGES]
+    for number in range(1, EACH + 1):
+        for stream in streams:
+            yield number, next(stream)
 
 
 SMALL_BENCHMARKS = (

@@ -1,6 +1,7 @@
 """Held-out accuracy of the small model, skill by skill and language by language, with confidence intervals.
 
 questions       the benchmark: single questions about pictures of a split that training never saw
+asked           the same for one skill and language, without an end
 evaluate        answers them in batches, greedily
 Score           right, asked, and (of boxes) the mean IoU
 table           Markdown
@@ -85,12 +86,13 @@ def questions(split: Split, each: int, *, rows: Sequence[str] = ROWS, first: int
     found: list[Question] = []
     for row in rows:
         for language in LANGUAGES:
-            stream = _asked(row, language, split, first)
+            stream = asked(row, language, split, first)
             found += [next(stream) for _ in range(each)]
     return found
 
 
-def _asked(row: str, language: Language, split: Split, first: int) -> Iterator[Question]:
+def asked(row: str, language: Language, split: Split, first: int = 0) -> Iterator[Question]:
+    """Questions of a row in a language without an end, from scene number `first` of the split on."""
     skill = row.split(" ")[0]
     number = first
     while True:
