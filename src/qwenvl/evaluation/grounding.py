@@ -36,8 +36,9 @@ def box_of(answer: str, width: float, height: float, scale: int = REFERENCE_SCAL
         x1, y1, x2, y2 = (float(number) for number in ",".join(found[0]).split(","))
     except ValueError:
         return (0.0, 0.0, 0.0, 0.0)
-    corners = np.array([x1, y1, x2, y2], np.float32) / np.float32(scale)
-    corners = corners * np.array([width, height, width, height], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # a number of fifty digits is infinite
+        corners = np.array([x1, y1, x2, y2], np.float32) / np.float32(scale)
+        corners = corners * np.array([width, height, width, height], np.float32)
     return (float(corners[0]), float(corners[1]), float(corners[2]), float(corners[3]))
 
 

@@ -25,7 +25,7 @@ from .texts import anls, exact_match, gqa_normalised, relaxed_accuracy
 from .vqa import vqa_accuracy
 
 RESAMPLES, SURE = 1000, 95  # bootstrap samples, and the percentage of them that an interval holds
-LETTER = re.compile(rf"[{LETTERS}]")
+LETTER = re.compile(rf"\b[{LETTERS}]\b")
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ def _choice(answered: Sequence[Answered]) -> Scores:
 
 
 def _letter(answered: Sequence[Answered]) -> Scores:
-    """The first capital of an answer that is an option's letter; an answer without one is wrong."""
+    """The first capital that stands by itself and is an option's letter; an answer without one is wrong."""
 
     def chosen(one: Answered) -> int:
-        found = LETTER.search(one.answer)
-        at = LETTERS.index(found.group()) if found else -1
-        return at if at < len(one.item.options) else -1
+        letters = LETTERS[: len(one.item.options)]
+        found = next((letter for letter in LETTER.findall(one.answer) if letter in letters), None)
+        return -1 if found is None else letters.index(found)
 
     lost = [one.item.id for one in answered if chosen(one) < 0]
     return scored("accuracy", answered, lambda one: chosen(one) == one.item.truth, answers_without_a_letter=lost)
