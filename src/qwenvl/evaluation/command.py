@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .benchmark import Benchmark
 
 OUT = "eval-out"
+OPENAI = "https://api.openai.com/v1"
 TEXT = 512  # tokens of a question and its answer, at most; longer ones are told
 EPILOG = """examples:
   qwenvl eval run tiny tiny_grounding --limit 220            # the embedded model, on pictures that are drawn here
@@ -77,6 +78,21 @@ def add_arguments(
 
     score = part("score", _score, "Score the answers of a run anew, without a model.")
     score.add_argument("run_folder", metavar="DIR", help="the folder of a run, or one above it")
+
+    judge = part("judge", _judge, "Let another model judge the answers of a TouchStone run, in both orders.")
+    judge.add_argument("run_folder", metavar="DIR", help="the folder of the run")
+    judge.add_argument("--model", required=True, help="the judge's name at its endpoint, such as gpt-4")
+    judge.add_argument("--url", default=OPENAI, help="an OpenAI-compatible endpoint (default: %(default)s)")
+    judge.add_argument(
+        "--key",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable with its key (default: %(default)s)",
+    )
+    judge.add_argument("--template", metavar="FILE", help="how it is asked, in place of this library's words")
+    judge.add_argument("--threads", type=int, default=8, help="questions to it at once (default: %(default)s)")
+    judge.add_argument("--timeout", type=float, default=120.0, help="seconds for each (default: %(default)s)")
+    judge.add_argument("--quiet", action="store_true", help="no progress bar")
 
     report = part("report", _report, "Reports as a Markdown table, beside the paper's figures, and a radar plot.")
     report.add_argument("folder", metavar="DIR", help="with runs in it, of one model or several")
@@ -167,6 +183,18 @@ def _score(given: argparse.Namespace) -> None:
 
     reports = [rescore(folder) for folder in runs_in(Path(given.run_folder))]
     print(json.dumps(reports) if given.json else printable(table(reports)))
+
+
+def _judge(given: argparse.Namespace) -> None:
+    from .endpoint import OpenAIJudge
+    from .judge import template_file
+    from .run import judge_run
+    from .summary import table
+
+    template = None if given.template is None else template_file(given.template)
+    by = OpenAIJudge(given.url, given.model, given.key, given.timeout)
+    report = judge_run(Path(given.run_folder), by, template=template, threads=given.threads, quiet=given.quiet)
+    print(json.dumps(report) if given.json else printable(table([report])))
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 Plan      how it is to be run
 evaluate  answers what has no answer yet, in this process or in all that torchrun started, and scores
 rescore   scores the answers of an earlier run
+judge_run lets another model judge them first
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from ..pipeline import Pipeline
 from .answering import Asker
 from .benchmark import Benchmark, Dataset
 from .catalogue import BENCHMARKS, read
+from .endpoint import Judge
 from .items import DataError, Item, Problem
 from .journal import Journal
+from .judge import TEMPLATES, judge, transcript
 from .provenance import device_name, fingerprint, today, versions
 from .report import REPORT, load, report, write
+from .scoring import Scores
+from .touchstone import figures
 
-LOCK = ".lock"
+LOCK, VERDICTS = ".lock", "judgements.jsonl"
+JUDGED = "judged"  # the metric of forms whose answers a judge scores
+CHINESE = "_cn"  # how the names of benchmarks in Chinese end
 SHOWN = 3  # problems that an error quotes
 
 
@@ -170,6 +177,29 @@ def _answer(
 
 def rescore(folder: Path) -> dict[str, Any]:
     """The report anew, from the answers that a run left in a folder and the data that it asked. Raises DataError."""
+    benchmark, dataset = _earlier(folder)
+    return _finish(benchmark, dataset, Journal(folder), load(folder / REPORT)["run"])
+
+
+def judge_run(
+    folder: Path, by: Judge, *, template: str | None = None, threads: int = 8, quiet: bool = False
+) -> dict[str, Any]:
+    """Let `by` judge what it has not judged yet of a run's answers, and score all; the report, which is written, too.
+
+    Without a template, it is asked in the benchmark's language, in this library's words. Raises DataError, ConfigError.
+    """
+    benchmark, dataset = _earlier(folder)
+    if benchmark.form.metric != JUDGED:
+        raise DataError(f"{benchmark.name} is scored without a judge")
+    answers = Journal(folder).answers()
+    asked = [(item, answers[item.id].answer) for item in dataset.items if item.id in answers]
+    language = "zh" if benchmark.name.endswith(CHINESE) else "en"
+    judge(asked, by, folder / VERDICTS, template=template or TEMPLATES[language], threads=threads, quiet=quiet)
+    return rescore(folder)
+
+
+def _earlier(folder: Path) -> tuple[Benchmark, Dataset]:
+    """What a run asked. Raises DataError where the data are not the same any more."""
     journal = Journal(folder)
     settings = journal.settings()
     benchmark = BENCHMARKS.get(str(settings.get("benchmark")))
@@ -186,10 +216,14 @@ def rescore(folder: Path) -> dict[str, Any]:
     dataset = dataset_of(benchmark, plan)
     if questions_in(dataset) != settings["questions"]:
         raise DataError(f"{folder}: the data in {data} are no longer those that were asked")
-    return _finish(benchmark, dataset, journal, load(folder / REPORT)["run"])
+    return benchmark, dataset
 
 
 def _finish(benchmark: Benchmark, dataset: Dataset, journal: Journal, how: Mapping[str, Any]) -> dict[str, Any]:
-    found = report(benchmark, dataset, journal.answers(), journal.settings(), how)
+    scores = None
+    if benchmark.form.metric == JUDGED:
+        path = journal.folder / VERDICTS
+        scores = figures(dataset.items, transcript(path)) if path.exists() else Scores((), {})
+    found = report(benchmark, dataset, journal.answers(), journal.settings(), how, scores)
     write(found, journal.folder, [item.id for item in dataset.items if item.truth is None])
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -87,6 +87,11 @@ def figure(name: str, strata: Sequence[Sequence[float]], scale: float = 100.0) -
     return Figure(name, value, float(low), float(high), sum(map(len, strata)))
 
 
+def moved(one: Figure, value: float) -> Figure:
+    """The figure with another value, of the corpus, where that is not the mean over units; the interval goes along."""
+    return replace(one, value=value, low=one.low + value - one.value, high=one.high + value - one.value)
+
+
 def scored(name: str, answered: Sequence[Answered], give: Callable[[Answered], float], **odd: Sequence[str]) -> Scores:
     """The mean of what each item is given, in percent, by subtask too."""
     items = {one.item.id: float(give(one)) for one in answered}
@@ -121,9 +126,7 @@ def _captions(answered: Sequence[Answered]) -> Scores:
     per_image = {name: [image[name] for image in found.images.values()] for name in ("CIDEr", "Bleu_4", "ROUGE_L")}
     figures = []
     for name, title in (("CIDEr", "CIDEr"), ("Bleu_4", "BLEU-4"), ("ROUGE_L", "ROUGE-L")):
-        mean = figure(title, [per_image[name]])
-        shift = 100 * found.corpus[name] - mean.value
-        figures.append(Figure(title, mean.value + shift, mean.low + shift, mean.high + shift, mean.count))
+        figures.append(moved(figure(title, [per_image[name]]), 100 * found.corpus[name]))
     items = dict(zip(found.images, per_image["CIDEr"], strict=True))
     return Scores(tuple(figures), items, odd=_told({"empty answers": _without_words(answered)}))
 

@@ -1,6 +1,7 @@
 """TouchStone's scores, from what a judge said.
 
 touchstone_scores   of our answers and the reference answers, whole and by category
+figures             the same as a benchmark's figures
 TouchstoneScores    what that gives
 Means               both scores, over some rounds
 """
@@ -13,6 +14,7 @@ from statistics import fmean
 
 from .items import Item
 from .judge import ORDERS, Verdict
+from .scoring import Scores, figure, moved
 
 SCALE = 100.0
 NOT_ASKED = "not asked"
@@ -66,7 +68,7 @@ def touchstone_scores(items: Sequence[Item], verdicts: Iterable[Verdict]) -> Tou
         if len(scores) == 1:
             half.append(item.id)
         read += scores
-        for name in dict.fromkeys(part.strip() for part in item.group.split(",") if part.strip()):
+        for name in _categories(item):
             groups.setdefault(name, []).extend(scores)
     return TouchstoneScores(
         _means(read),
@@ -74,6 +76,45 @@ def touchstone_scores(items: Sequence[Item], verdicts: Iterable[Verdict]) -> Tou
         {kind: tuple(ids) for kind, ids in unread.items()},
         tuple(half),
     )
+
+
+def figures(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Scores:
+    """The score of our answers, then that of the reference answers; units are items, with one round or two.
+
+    An item's own score is from 1 to 10. What was not read is told by its kind, and is no part of a figure.
+    """
+    found = touchstone_scores(items, verdicts)
+    rounds: dict[str, list[tuple[float, float]]] = {}
+    for verdict in {verdict.round: verdict for verdict in verdicts}.values():
+        if verdict.scores:
+            rounds.setdefault(verdict.id, []).append(verdict.scores)
+    ours = {item.id: fmean(own for own, _ in rounds[item.id]) for item in items if item.id in rounds}
+    others = {name: fmean(other for _, other in rounds[name]) for name in ours}
+    odd = {f"rounds without a verdict ({kind})": ids for kind, ids in found.unread.items()}
+    if found.half:
+        odd["answers judged in one order only"] = found.half
+    if found.overall.answer is None or found.overall.reference is None:
+        return Scores((), {}, odd=odd)
+    groups: dict[str, list[float]] = {}
+    for item in items:
+        for name in _categories(item) if item.id in ours else ():
+            groups.setdefault(name, []).append(ours[item.id])
+    return Scores(
+        (
+            moved(figure("score", [list(ours.values())], SCALE), found.overall.answer),
+            moved(figure("score of the reference answers", [list(others.values())], SCALE), found.overall.reference),
+        ),
+        ours,
+        {
+            name: moved(figure("score", [values], SCALE), found.groups[name].answer or 0.0)
+            for name, values in groups.items()
+        },
+        odd,
+    )
+
+
+def _categories(item: Item) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in item.group.split(",") if part.strip()))
 
 
 def _means(scores: Sequence[tuple[float, float]]) -> Means:
