@@ -23,8 +23,8 @@ PUBLISHED = "https://ofasys-wlcb.oss-cn-wulanchabu.aliyuncs.com/Qwen-VL/evaluati
 
 
 def reference(folder: str, *files: str, read: Reader, shots: str) -> Source:
-    """The reference's files; examples are lines of the training split, with the answer."""
-    return Source(files, read, f"{PUBLISHED}/{folder}/{files[0]}", (shots,), answered)
+    """The reference's files; examples are lines of the training split, whose ids nobody needs."""
+    return Source(files, read, f"{PUBLISHED}/{folder}/{files[0]}", (shots,), numbered)
 
 
 def answered(files: Sequence[Path], places: Places) -> Iterator[Item | Problem]:

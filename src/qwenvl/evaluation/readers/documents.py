@@ -245,7 +245,7 @@ DOCUMENTS: tuple[Benchmark, ...] = (
         sources=(
             # The reference's script names these files; it says nowhere where they are.
             Source(
-                ("val.jsonl", "infographicsVQA_val_v1.0_withQT.json"), documents, DOCVQA, ("train.jsonl",), answered
+                ("val.jsonl", "infographicsVQA_val_v1.0_withQT.json"), documents, DOCVQA, ("train.jsonl",), numbered
             ),
             *_infographics("infographicsVQA_val_v1.0_withQT.json", public=True),
         ),
@@ -258,7 +258,7 @@ DOCUMENTS: tuple[Benchmark, ...] = (
         folder="infographicsvqa",
         form=DOCUMENT,
         sources=(
-            Source(("test.jsonl",), unanswered, DOCVQA, ("train.jsonl",), answered),
+            Source(("test.jsonl",), unanswered, DOCVQA, ("train.jsonl",), numbered),
             *_infographics("infographicsVQA_test_v1.0.json", public=False),
         ),
         pictures=DOCVQA,
