@@ -25,7 +25,8 @@ class Source:
     files: tuple[str, ...]
     read: Reader
     url: str
-    shots: tuple[str, ...] = ()  # files of the same form from which examples are drawn
+    shots: tuple[str, ...] = ()  # files with a training split, from which examples are drawn
+    read_shots: Reader | None = None  # who reads those, if it is not `read`
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was read: items that can be asked, what is wrong with others, the files, and examples for prompts."""
+    """What was read: items that can be asked, what is wrong with others, the files, and few-shot examples."""
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]

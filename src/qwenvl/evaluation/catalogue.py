@@ -2,7 +2,9 @@
 
 BENCHMARKS  by name
 find        the benchmarks that a word of the command line means
+source_of   in which form a benchmark's data are in a folder
 read        a benchmark's data from a folder
+checked     items whose ids are all different and whose pictures are there
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from pathlib import Path
 
 from .benchmark import Benchmark, Dataset, Source
 from .items import DataError, Item, Places, Problem
+from .readers.captions import CAPTIONS
+from .readers.documents import DOCUMENTS
+from .readers.questions import QUESTIONS
 from .readers.small import SMALL_BENCHMARKS
 
-BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (*SMALL_BENCHMARKS,)}
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (*SMALL_BENCHMARKS, *CAPTIONS, *QUESTIONS, *DOCUMENTS)}
 
 
 def find(words: Sequence[str]) -> list[Benchmark]:
@@ -58,7 +63,9 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: 
     """
     places, source = Places(root, benchmark.folder), source_of(benchmark, root)
     files = [places.file(name) for name in source.files]
-    items, problems = _checked(source.read(files, places), limit)
+    items, problems = checked(source.read(files, places), limit)
+    if not items and not problems:
+        raise DataError(f"{benchmark.name}: {files[0]} has no entry")
     examples: list[Item] = []
     if shots:
         names = [places.file(name) for name in source.shots]
@@ -66,12 +73,13 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: 
         if missing or not names:
             what = f"{missing[0]} is missing" if missing else "its data have none"
             raise DataError(f"{benchmark.name}: few-shot examples come from a split for training, and {what}")
-        examples, wrong = _checked(source.read(names, places))
+        examples, wrong = checked((source.read_shots or source.read)(names, places))
         problems += wrong
     return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
 
 
-def _checked(found: Iterable[Item | Problem], limit: int | None = None) -> tuple[list[Item], list[Problem]]:
+def checked(found: Iterable[Item | Problem], limit: int | None = None) -> tuple[list[Item], list[Problem]]:
+    """Those items that can be asked, up to `limit`, and what is wrong with the others."""
     items: dict[str, Item] = {}
     problems: list[Problem] = []
     for one in found:

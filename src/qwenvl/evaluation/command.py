@@ -118,11 +118,12 @@ def _lines(found: list[dict[str, Any]]) -> str:
 
 def _prepare(given: argparse.Namespace) -> None:
     from .catalogue import find
-    from .prepare import prepare
+    from .prepare import described, prepare
 
     found = [prepare(benchmark, given.data, quiet=given.quiet) for benchmark in find([given.benchmark])]
-    print(json.dumps([one.to_dict() for one in found]) if given.json else printable("\n\n".join(map(str, found))))
-    if not all(one.complete for one in found):
+    told = [one.as_json() for one in found]
+    print(json.dumps(told) if given.json else printable("\n\n".join(map(described, found))))
+    if not all(one.ready for one in found):
         raise SystemExit(1)
 
 

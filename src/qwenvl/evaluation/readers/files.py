@@ -2,11 +2,13 @@
 
 records     of JSON lines
 entries     of a list within a JSON document
+members     of a list within one that was read already
 rows        of a table with tabs or commas, as dicts of texts
 document    a whole JSON document
 each        entries made into items; those that cannot be are Problems
 text_of, number_of, list_of     a field of an entry, of its type
 Malformed   why an entry is no item
+Unanswered  that is because nobody says what its answer is
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...text.parts import shown
-from ..items import DataError, Item, Problem
+from ..items import DataError, Item, Kind, Problem
 
 Entry: TypeAlias = "tuple[str, Any]"  # where it stands, and what it is: a Malformed, if that is not known
 LARGEST_FIELD = 1 << 28  # bytes of a table's field: pictures are in them, as base64
@@ -29,6 +31,14 @@ LARGEST_FIELD = 1 << 28  # bytes of a table's field: pictures are in them, as ba
 
 class Malformed(Exception):
     """Why an entry cannot be read."""
+
+    kind: Kind = "malformed"
+
+
+class Unanswered(Malformed):
+    """That an entry cannot be scored: it has no annotation."""
+
+    kind: Kind = "no answer"
 
 
 def records(path: Path) -> Iterator[Entry]:
@@ -40,7 +50,11 @@ def records(path: Path) -> Iterator[Entry]:
 
 def entries(path: Path, key: str | None = None) -> Iterator[Entry]:
     """Each member of the list that a JSON file is, or has under `key`. Raises DataError."""
-    found = document(path)
+    yield from members(path, document(path), key)
+
+
+def members(path: Path, found: Any, key: str | None = None) -> Iterator[Entry]:  # noqa: ANN401 - JSON
+    """Each member of the list that the document `found` of a file is, or has under `key`. Raises DataError."""
     if key is not None:
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, list):
@@ -81,7 +95,7 @@ def each(found: Iterable[Entry], make: Callable[[str, Mapping[str, Any]], Item])
             yield make(where, entry)
         except Malformed as error:
             name = entry.get("question_id", entry.get("id")) if isinstance(entry, dict) else None
-            yield Problem("malformed", where if name is None else f"{where} ({shown(name)})", str(error))
+            yield Problem(error.kind, where if name is None else f"{where} ({shown(name)})", str(error))
 
 
 def text_of(entry: Mapping[str, Any], key: str) -> str:
