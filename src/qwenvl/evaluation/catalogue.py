@@ -14,8 +14,12 @@ from pathlib import Path
 
 from .benchmark import Benchmark, Dataset, Source
 from .items import DataError, Item, Places, Problem
+from .readers.choices import CHOICES
+from .readers.dialogue import DIALOGUE
+from .readers.regions import REGIONS
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (*REGIONS, *CHOICES, *DIALOGUE)}
+LISTED = 2  # files of a source that a message names
 
 
 def find(words: Sequence[str]) -> list[Benchmark]:
@@ -38,9 +42,9 @@ def source_of(benchmark: Benchmark, root: str | Path) -> Source:
     if not places.root.is_dir():
         raise DataError(f"there is no folder {places.root}")
     for source in benchmark.sources:
-        if all(os.path.isfile(places.file(name)) for name in source.files):
+        if all(map(places.files, source.files)):
             return source
-    wanted = ", or ".join(" with ".join(source.files) for source in benchmark.sources)
+    wanted = ", or ".join(_named(source.files) for source in benchmark.sources)
     raise DataError(
         f"{benchmark.name}: {places.root / benchmark.folder} should have {wanted}; `qwenvl eval prepare "
         f"{benchmark.name} {places.root}` says where they are published"
@@ -54,8 +58,10 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Data
     pictures. Raises DataError where there are no files, or examples were asked for and there are none.
     """
     places, source = Places(root, benchmark.folder), source_of(benchmark, root)
-    files = [places.file(name) for name in source.files]
+    files = [path for name in source.files for path in places.files(name)]
     items, problems = _checked(source.read(files, places))
+    if not items and not problems:
+        raise DataError(f"{benchmark.name}: {files[0]} has no question of it")
     examples: list[Item] = []
     if shots:
         names = [places.file(name) for name in source.shots]
@@ -66,6 +72,10 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Data
         examples, wrong = _checked(source.read(names, places))
         problems += wrong
     return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
+
+
+def _named(files: Sequence[str]) -> str:
+    return " with ".join(files[:LISTED]) + (f" and {len(files) - LISTED} more of that kind" if files[LISTED:] else "")
 
 
 def _checked(found: Iterable[Item | Problem]) -> tuple[list[Item], list[Problem]]:
