@@ -63,7 +63,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was read: items that can be asked, what is wrong with others, the files, and examples of few-shot prompts."""
+    """What was read: items that can be asked, what is wrong with others, the files, and examples for few-shots."""
 
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]

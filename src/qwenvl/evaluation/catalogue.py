@@ -61,7 +61,7 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False) -> Data
     files = [path for name in source.files for path in places.files(name)]
     items, problems = _checked(source.read(files, places))
     if not items and not problems:
-        raise DataError(f"{benchmark.name}: {files[0]} has no question of it")
+        raise DataError(f"{benchmark.name}: {files[0]} has no entry")
     examples: list[Item] = []
     if shots:
         names = [places.file(name) for name in source.shots]

@@ -39,7 +39,7 @@ class Malformed(Exception):
 class BrokenPicture(Malformed):
     """Why its picture cannot be."""
 
-    kind = "broken picture"
+    kind: Kind = "broken picture"
 
 
 def records(path: Path) -> Iterator[Entry]:
