@@ -1,4 +1,4 @@
-"""ScienceQA, SEED-Bench and MMBench are read from either form of their data, and what is wrong is told with its line."""
+"""ScienceQA, SEED-Bench and MMBench are read from either form of their data; what is wrong is told with its line."""
 
 from __future__ import annotations
 
