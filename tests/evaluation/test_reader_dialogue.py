@@ -130,7 +130,7 @@ def test_what_is_wrong_with_touchstone(tmp_path: Path) -> None:
     """Rows without a picture, or with too few columns, are told; so is a file that is no table."""
     path = copied(tmp_path, "touchstone") / "touchstone" / "touchstone_cn.tsv"
     head = "index\timage\tquestion\thuman_annotation\tgpt4_ha_answer\tcategory\ttask_name"
-    rows = ["1\t?\tq\ta\tr\tc\tt", "2\taGk=\tq\ta\tr\tc\tt", "2\taGk=\tq\ta\tr\tc\tt", "3\taGk=\tq"]
+    rows = ["1\taGk=?\tq\ta\tr\tc\tt", "2\taGk=\tq\ta\tr\tc\tt", "2\taGk=\tq\ta\tr\tc\tt", "3\taGk=\tq"]
     path.write_text("\n".join([head, *rows]), encoding="utf-8")
     found = form("touchstone_cn", "touchstone_cn*.tsv", tmp_path)
     assert [item.pictures for item in found.items] == [(b"hi",)]
