@@ -15,12 +15,18 @@ from typing import TypeAlias
 from .forms import Form
 from .items import Item, Places, Problem
 
+# Where the reference publishes its converted files.
+CONVERTED = "https://ofasys-wlcb.oss-cn-wulanchabu.aliyuncs.com/Qwen-VL/evaluation"
+
 Reader: TypeAlias = "Callable[[Sequence[Path], Places], Iterator[Item | Problem]]"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of a benchmark, in the order in which `read` takes them, and where their owner publishes them."""
+    """Files of a benchmark, in the order in which `read` takes them, and where their owner publishes them, if it does.
+
+    A name may be a pattern, such as `existence/**/*.txt`, for all files that fit it, of which there must be one.
+    """
 
     files: tuple[str, ...]
     read: Reader

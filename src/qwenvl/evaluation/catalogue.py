@@ -17,11 +17,16 @@ from pathlib import Path
 from .benchmark import Benchmark, Dataset, Source
 from .items import DataError, Item, Places, Problem
 from .readers.captions import CAPTIONS
+from .readers.choices import CHOICES
+from .readers.dialogue import DIALOGUE
 from .readers.documents import DOCUMENTS
 from .readers.questions import QUESTIONS
+from .readers.regions import REGIONS
 from .readers.small import SMALL_BENCHMARKS
 
-BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (*SMALL_BENCHMARKS, *CAPTIONS, *QUESTIONS, *DOCUMENTS)}
+ALL = (*CAPTIONS, *QUESTIONS, *DOCUMENTS, *REGIONS, *CHOICES, *DIALOGUE, *SMALL_BENCHMARKS)
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in ALL}
+LISTED = 2  # files of a source that a message names
 
 
 def find(words: Sequence[str]) -> list[Benchmark]:
@@ -44,9 +49,9 @@ def source_of(benchmark: Benchmark, root: str | Path) -> Source:
     if not places.root.is_dir():
         raise DataError(f"there is no folder {places.root}")
     for source in benchmark.sources:
-        if all(os.path.isfile(places.file(name)) for name in source.files):
+        if all(map(places.files, source.files)):
             return source
-    wanted = ", or ".join(" with ".join(source.files) for source in benchmark.sources)
+    wanted = ", or ".join(_named(source.files) for source in benchmark.sources)
     raise DataError(
         f"{benchmark.name}: {places.root / benchmark.folder} should have {wanted}; `qwenvl eval prepare "
         f"{benchmark.name} {places.root}` says where they are published"
@@ -62,7 +67,7 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: 
     pictures. Raises DataError where there are no files, or examples were asked for and there are none.
     """
     places, source = Places(root, benchmark.folder), source_of(benchmark, root)
-    files = [places.file(name) for name in source.files]
+    files = [path for name in source.files for path in places.files(name)]
     items, problems = checked(source.read(files, places), limit)
     if not items and not problems:
         raise DataError(f"{benchmark.name}: {files[0]} has no entry")
@@ -76,6 +81,10 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: 
         examples, wrong = checked((source.read_shots or source.read)(names, places))
         problems += wrong
     return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
+
+
+def _named(files: Sequence[str]) -> str:
+    return " with ".join(files[:LISTED]) + (f" and {len(files) - LISTED} more of that kind" if files[LISTED:] else "")
 
 
 def checked(found: Iterable[Item | Problem], limit: int | None = None) -> tuple[list[Item], list[Problem]]:

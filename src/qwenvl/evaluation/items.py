@@ -79,6 +79,13 @@ class Places:
         alone = self.root / name
         return alone if not os.path.exists(inside) and os.path.exists(alone) else inside
 
+    def files(self, pattern: str) -> list[Path]:
+        """The files there are of a name in which `*` and `**` may stand, in order, all from the same one of the two."""
+        for place in (self.root / self.folder, self.root):
+            if found := sorted(path for path in place.glob(pattern) if os.path.isfile(path)):
+                return found
+        return []
+
     def picture(self, name: str, folders: Sequence[str] = ()) -> Path:
         """The picture `name` of an annotation file, in the first place that has it; or the first place, if none has.
 

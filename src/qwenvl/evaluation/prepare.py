@@ -33,7 +33,7 @@ LISTED = 20  # problems and pictures that are named
 
 @dataclass(frozen=True)
 class Files:
-    """One form of the data: the bytes of each file, None where it is missing, and where they are published."""
+    """One form of the data: the bytes of each file, or of those of a pattern, None where there is none; and its owner."""
 
     files: dict[str, int | None]
     url: str
@@ -98,7 +98,7 @@ def prepare(benchmark: Benchmark, root: str | Path, *, quiet: bool = False) -> P
     found: list[Item | Problem] = []
     try:
         source = source_of(benchmark, root)
-        files = [places.file(name) for name in source.files]
+        files = [path for name in source.files for path in places.files(name)]
         found = list(source.read(files, places))
         if not found:
             raise DataError(f"{benchmark.name}: {files[0]} has no entry")
@@ -146,8 +146,8 @@ def _bytes(count: int) -> str:
 
 
 def _files(source: Source, places: Places, *, chosen: bool) -> Files:
-    paths = {name: places.file(name) for name in source.files}
-    sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+    paths = {name: places.files(name) for name in source.files}
+    sizes = {name: sum(path.stat().st_size for path in there) if there else None for name, there in paths.items()}
     return Files(sizes, source.url, chosen)
 
 

@@ -5,19 +5,21 @@ entries     of a list within a JSON document
 members     of a list within one that was read already
 rows        of a table with tabs or commas, as dicts of texts
 document    a whole JSON document
+content     a file, as it is
 each        entries made into items; those that cannot be are Problems
-text_of, number_of, list_of     a field of an entry, of its type
+text_of, number_of, list_of, base64_of     a field of an entry, of its type
 Malformed   why an entry is no item
-Unanswered  that is because nobody says what its answer is
+Unanswered, BrokenPicture   that is because nobody says what its answer is, or because of its picture
 """
 
 from __future__ import annotations
 
+import base64
 import codecs
 import csv
 import io
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +28,7 @@ from ...text.parts import shown
 from ..items import DataError, Item, Kind, Problem
 
 Entry: TypeAlias = "tuple[str, Any]"  # where it stands, and what it is: a Malformed, if that is not known
+LARGEST = sys.float_info.max  # of whole numbers, JSON has larger ones
 LARGEST_FIELD = 1 << 28  # bytes of a table's field: pictures are in them, as base64
 
 
@@ -41,9 +44,15 @@ class Unanswered(Malformed):
     kind: Kind = "no answer"
 
 
+class BrokenPicture(Malformed):
+    """Why its picture cannot be."""
+
+    kind: Kind = "broken picture"
+
+
 def records(path: Path) -> Iterator[Entry]:
     """Each line of JSON that is not blank, with its place ("val.jsonl:17"). Raises DataError."""
-    for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+    for number, line in enumerate(content(path).split(b"\n"), 1):
         if line.strip():
             yield f"{path.name}:{number}", _parsed(line)
 
@@ -67,7 +76,7 @@ def rows(path: Path, delimiter: str = "\t") -> Iterator[Entry]:
     """Each row of a table whose first line names its columns. Raises DataError."""
     csv.field_size_limit(LARGEST_FIELD)
     try:
-        table = csv.DictReader(io.StringIO(_bytes(path).decode("utf-8"), newline=""), delimiter=delimiter)
+        table = csv.DictReader(io.StringIO(content(path).decode("utf-8"), newline=""), delimiter=delimiter)
         for row in table:
             where = f"{path.name}:{table.line_num}"
             whole = None not in row and None not in row.values()
@@ -78,10 +87,18 @@ def rows(path: Path, delimiter: str = "\t") -> Iterator[Entry]:
 
 def document(path: Path) -> Any:  # noqa: ANN401 - JSON
     """A JSON file. Raises DataError."""
-    found = _parsed(_bytes(path))
+    found = _parsed(content(path))
     if isinstance(found, Malformed):
         raise DataError(f"{path} is {found}")
     return found
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes, without a byte order mark. Raises DataError."""
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def each(found: Iterable[Entry], make: Callable[[str, Mapping[str, Any]], Item]) -> Iterator[Item | Problem]:
@@ -111,7 +128,7 @@ def text_of(entry: Mapping[str, Any], key: str) -> str:
 def number_of(entry: Mapping[str, Any], key: str) -> float:
     """A finite number. Raises Malformed."""
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
         raise Malformed(f"{key} should be a number, not {shown(value)}" if key in entry else f"it has no {key}")
     return float(value)
 
@@ -124,11 +141,15 @@ def list_of(entry: Mapping[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _bytes(path: Path) -> bytes:
+def base64_of(entry: Mapping[str, Any], key: str) -> bytes:
+    """What a text in base64 stands for, such as a picture's file. Raises Malformed."""
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        decoded = base64.b64decode("".join(text_of(entry, key).split()), validate=True)
+    except ValueError:
+        decoded = b""
+    if not decoded:
+        raise Malformed(f"{key} should be base64, not {shown(entry[key])}")
+    return decoded
 
 
 def _parsed(text: bytes) -> Any:  # noqa: ANN401 - JSON
