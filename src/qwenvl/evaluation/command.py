@@ -103,16 +103,18 @@ def _list(given: argparse.Namespace) -> None:
     from .catalogue import BENCHMARKS
     from .summary import listed
 
-    print(json.dumps(listed(BENCHMARKS.values())) if given.json else _lines(listed(BENCHMARKS.values())))
+    found = listed(BENCHMARKS.values())
+    print(json.dumps(found) if given.json else _lines(found))
 
 
 def _lines(found: list[dict[str, Any]]) -> str:
-    lines = [f"{'benchmark':26}{'':28}{'metric':18}{'paper (base / chat)'}"]
+    lines = [f"{'benchmark':26}{'':26}{'items':>8}  {'table':7}of the paper, Qwen-VL / Qwen-VL-Chat"]
     for one in found:
         figures = "; ".join(
-            f"{name} {' / '.join(map(str, values.values()))}" for name, values in one["published"].items()
+            f"{name} {' / '.join(map(str, known.values()))}" for name, known in one["published"].items()
         )
-        lines.append(f"{one['name']:26}{one['title']:28}{one['metric']:18}{figures}".rstrip())
+        size = "" if one["size"] is None else f"{one['size']:,}"
+        lines.append(f"{one['name']:26}{one['title']:26}{size:>8}  {one['table'] or '':<7}{figures}".rstrip())
     return "\n".join(lines)
 
 

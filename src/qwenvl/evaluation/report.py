@@ -8,7 +8,7 @@ REPORT       its name in the folder of a run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from ..files import whole_file
 from .answering import Answer
 from .benchmark import Benchmark, Dataset
+from .choices import likeliest
+from .forms import LETTERS
 from .items import DataError, Problem
 from .scoring import Answered, Figure, Scores, score
 
@@ -51,6 +53,7 @@ def report(
         "figures": [{**asdict(one), "published": _published(benchmark, one)} for one in scores.figures],
         "groups": {name: asdict(one) for name, one in scores.groups.items()},
         "odd": {what: list(ids) for what, ids in scores.odd.items()},
+        "hidden": sum(one.item.truth is None for one in answered),
         "cut": sum(answers[one.item.id].cut for one in answered),
         "problems": [asdict(problem) for problem in problems],
         "answers": [_told(one, answers[one.item.id], scores.items) for one in answered],
@@ -80,20 +83,20 @@ def _told(one: Answered, answer: Answer, scores: Mapping[str, float]) -> dict[st
     }
 
 
-def write(found: Mapping[str, Any], folder: Path, hidden: Sequence[str] = ()) -> None:
-    """Put the report into a folder; and the answers to `hidden` ids, for who has their annotations.
+def write(found: Mapping[str, Any], benchmark: Benchmark, folder: Path) -> None:
+    """Put the report into a folder; and a list of the answers, for the owner of annotations that are not public.
 
-    The file to submit is a list of {"question_id", "answer"}, as VQA's and DocVQA's servers take it. Raises DataError.
+    That list is of {"question_id", "answer"}, under the names that the benchmark's server wants. Raises DataError.
     """
     _write(folder / REPORT, found)
-    asked = set(hidden)
-    if submitted := [row for row in found["answers"] if row["id"] in asked and "answer" in row]:
-        rows = [{"question_id": _number(row["id"]), "answer": row["answer"]} for row in submitted]
-        _write(folder / SUBMISSION, rows)
+    if found["hidden"]:
+        _write(folder / SUBMISSION, [_submitted(row, benchmark.submit_as) for row in found["answers"]])
 
 
-def _number(id_: str) -> int | str:
-    return int(id_) if id_.isdecimal() else id_
+def _submitted(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An answer to submit; of options, the letter."""
+    name = int(row["id"]) if row["id"].isdecimal() else row["id"]
+    return {key: name, "answer": LETTERS[likeliest(row["losses"])] if "losses" in row else row["answer"]}
 
 
 def _write(path: Path, found: Any) -> None:  # noqa: ANN401 - JSON

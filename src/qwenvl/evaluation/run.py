@@ -225,5 +225,5 @@ def _finish(benchmark: Benchmark, dataset: Dataset, journal: Journal, how: Mappi
         path = journal.folder / VERDICTS
         scores = figures(dataset.items, transcript(path)) if path.exists() else Scores((), {})
     found = report(benchmark, dataset, journal.answers(), journal.settings(), how, scores)
-    write(found, journal.folder, [item.id for item in dataset.items if item.truth is None])
+    write(found, benchmark, journal.folder)
     return found

@@ -98,8 +98,10 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
         if one["problems"]:
             told.append(f"{len(one['problems'])} left out")
         told += [f"{len(ids)} {what}" for what, ids in one["odd"].items()]
-        if not one["figures"]:
-            told.append("not scored: submit submission.json, or `qwenvl eval judge`")
+        if one["hidden"]:
+            told.append(f"{one['hidden']:,} without public annotations: submission.json is for their owner")
+        elif not one["figures"]:
+            told.append("not judged yet: `qwenvl eval judge`")
         if told:
             remarks.append(f"{one['benchmark']}, {one['model']}: {'; '.join(told)}.")
     return ["\n".join(f"- {remark}" for remark in remarks)]
