@@ -88,7 +88,7 @@ def test_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-the-judge")
     asked: list[Any] = []
 
-    def judged(self: OpenAIJudge, messages: Any) -> str:
+    def judged(_judge: OpenAIJudge, messages: Any) -> str:
         asked.append(messages)
         return "8 6\nbecause" if len(asked) > 1 else "so good"
 
@@ -138,7 +138,7 @@ def test_a_comparison_of_runs(run: Run, tmp_path: Path) -> None:
         ("run tiny --few-shot -1", "--few-shot must be 0 or more"),
         ("run tiny --few-shot 2", "few-shot examples come from"),
         ("run tiny --rows 0", "--rows must be 1 or more"),
-        ("run tiny --model nothing", "there is no folder nothing"),
+        ("run tiny --limit 1 --model nothing", "there is no folder nothing"),
         ("run tiny --out file/out --limit 1", "cannot write to file/out"),
         ("score nowhere", "there is no run in nowhere"),
         ("report .", "there is no run in ."),
