@@ -1,6 +1,7 @@
 """What came of a benchmark, as JSON: settings, versions, figures, every answer, and all that went wrong.
 
 report       the report
+compared     a figure beside the paper's
 write        puts it on the disk, with a file to submit where the annotations are not public
 REPORT       its name in the folder of a run
 """
@@ -45,12 +46,13 @@ def report(
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "model": settings["model"],
+        "asked": {name: value for name, value in asdict(benchmark.form).items() if value not in (None, {}, "", False)},
         "settings": dict(settings),
         "run": dict(run),
         "items": len(answered),
         "items_of_the_benchmark": benchmark.size,
         "whole": whole,
-        "figures": [{**asdict(one), "published": _published(benchmark, one)} for one in scores.figures],
+        "figures": [compared(one, _published(benchmark, one)) for one in scores.figures],
         "groups": {name: asdict(one) for name, one in scores.groups.items()},
         "odd": {what: list(ids) for what, ids in scores.odd.items()},
         "hidden": sum(one.item.truth is None for one in answered),
@@ -73,6 +75,12 @@ def _unanswered(dataset: Dataset, answers: Mapping[str, Answer]) -> list[Problem
 def _published(benchmark: Benchmark, figure: Figure) -> dict[str, float]:
     """The paper's value of a figure, by model."""
     return {model: found[figure.name] for model, found in benchmark.published.items() if figure.name in found}
+
+
+def compared(one: Figure, published: Mapping[str, float]) -> dict[str, Any]:
+    """A figure beside the paper's."""
+    differences = {model: one.value - known for model, known in published.items()}
+    return {**asdict(one), "published": published, "difference": differences}
 
 
 def _told(one: Answered, answer: Answer, scores: Mapping[str, float]) -> dict[str, Any]:
