@@ -181,10 +181,11 @@ def _longest(benchmarks: list[Benchmark], pipeline: Pipeline, few_shot: int) -> 
 
 
 def _score(given: argparse.Namespace) -> None:
+    from .journal import SETTINGS
     from .run import rescore
     from .summary import runs_in, table
 
-    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder))]
+    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder), SETTINGS)]
     print(json.dumps(reports) if given.json else printable(table(reports)))
 
 
@@ -202,10 +203,10 @@ def _judge(given: argparse.Namespace) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     from .radar import radar
-    from .report import REPORT, load
+    from .report import REPORT, WHOLE, load
     from .summary import runs_in, summary
 
-    reports = [load(folder / REPORT) for folder in runs_in(Path(given.folder))]
+    reports = [load(folder / REPORT, WHOLE) for folder in runs_in(Path(given.folder))]
     plot = Path(given.plot or Path(given.folder) / "radar.png")
     drawn = radar(reports, plot)
     if given.json:

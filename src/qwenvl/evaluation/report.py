@@ -9,7 +9,7 @@ REPORT       its name in the folder of a run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from .items import DataError, Problem
 from .scoring import Answered, Figure, Scores, score
 
 REPORT, SUBMISSION = "report.json", "submission.json"
+# What every report of this version has.
+WHOLE = {
+    *("benchmark", "title", "model", "asked", "settings", "run", "items", "items_of_the_benchmark", "whole", "figures"),
+    *("groups", "odd", "hidden", "cut", "problems", "answers"),
+}
 
 
 def report(
@@ -115,14 +120,14 @@ def _write(path: Path, found: Any) -> None:  # noqa: ANN401 - JSON
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A report from the disk. Raises DataError for what is none."""
+def load(path: Path, keys: Set[str] = frozenset({"run"})) -> dict[str, Any]:
+    """A report from the disk, with `keys` in it. Raises DataError for what is none."""
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is no report: {error}") from None
-    if not isinstance(found, dict) or not {"benchmark", "figures", "answers", "settings"} <= found.keys():
-        raise DataError(f"{path} is no report of an evaluation")
+    if not isinstance(found, dict) or not found.keys() >= keys:
+        raise DataError(f"{path} is no report of this version: `qwenvl eval score {path.parent}` makes one")
     return found

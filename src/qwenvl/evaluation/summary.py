@@ -42,9 +42,9 @@ def listed(benchmarks: Iterable[Benchmark]) -> list[dict[str, Any]]:
     return found
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """Folders with a report. Raises DataError where there is none."""
-    found = sorted(path.parent for path in folder.rglob(REPORT)) if folder.is_dir() else []
+def runs_in(folder: Path, having: str = REPORT) -> list[Path]:
+    """Folders of runs that have a report, or another file. Raises DataError where there is none."""
+    found = sorted(path.parent for path in folder.rglob(having)) if folder.is_dir() else []
     if not found:
         raise DataError(f"there is no run in {folder}: `qwenvl eval run` makes one")
     return found
