@@ -124,11 +124,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_a_broken_picture_ends_the_run_and_loses_nothing(small: Pipeline, tmp_path: Path) -> None:
-    """By default, an item that cannot be asked is an error; what was answered stays, and the next run has it."""
+    """By default, an item that cannot be asked is an error; what was answered stays, and a run that skips goes on."""
     good, broken = items(4), Item("broken", (b"no picture",), "What?", ["3"])
     with one_line_error(DataError, "broken", "could not be asked", "--on-error skip"):
         answered(benchmark(EXACT, [*good[:2], broken, *good[2:]]), small, plan(tmp_path))
     assert list(Journal(tmp_path / "invented").answers()) == ["q0", "q1", "broken"]
+    found = answered(benchmark(EXACT, [*good[:2], broken, *good[2:]]), small, plan(tmp_path, skip=True))
+    assert found["run"]["answered"] == 3
+    assert [row["id"] for row in found["answers"]] == ["q0", "q1", "q2", "q3"]
 
 
 def test_a_broken_picture_is_listed_and_not_scored(small: Pipeline, tmp_path: Path) -> None:

@@ -78,9 +78,11 @@ def add_arguments(
 
     score = part("score", _score, "Score the answers of a run anew, without a model.")
     score.add_argument("run_folder", metavar="DIR", help="the folder of a run, or one above it")
+    score.add_argument("--data", metavar="DIR", type=Path, help="the folder of all data, if it has moved")
 
     judge = part("judge", _judge, "Let another model judge the answers of a TouchStone run, in both orders.")
     judge.add_argument("run_folder", metavar="DIR", help="the folder of the run")
+    judge.add_argument("--data", metavar="DIR", type=Path, help="the folder of all data, if it has moved")
     judge.add_argument("--model", required=True, help="the judge's name at its endpoint, such as gpt-4")
     judge.add_argument("--url", default=OPENAI, help="an OpenAI-compatible endpoint (default: %(default)s)")
     judge.add_argument(
@@ -185,7 +187,7 @@ def _score(given: argparse.Namespace) -> None:
     from .run import rescore
     from .summary import runs_in, table
 
-    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder), SETTINGS)]
+    reports = [rescore(folder, given.data) for folder in runs_in(Path(given.run_folder), SETTINGS)]
     print(json.dumps(reports) if given.json else printable(table(reports)))
 
 
@@ -197,7 +199,8 @@ def _judge(given: argparse.Namespace) -> None:
 
     template = None if given.template is None else template_file(given.template)
     by = OpenAIJudge(given.url, given.model, given.key, given.timeout)
-    report = judge_run(Path(given.run_folder), by, template=template, threads=given.threads, quiet=given.quiet)
+    how = {"data": given.data, "template": template, "threads": given.threads, "quiet": given.quiet}
+    report = judge_run(Path(given.run_folder), by, **how)
     print(json.dumps(report) if given.json else printable(table([report])))
 
 

@@ -17,6 +17,7 @@ from .answering import Answer
 from .items import DataError
 
 SETTINGS = "run.json"
+CHANGEABLE = {"data", "skip"}  # the data may move, and a run that stopped at a broken picture may go on without it
 
 
 class Journal:
@@ -36,7 +37,6 @@ class Journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._compare(self.settings(), settings)
-                return
             with whole_file(path) as file:
                 file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
         except OSError as error:
@@ -53,7 +53,8 @@ class Journal:
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         now = json.loads(json.dumps(settings))
-        if different := [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]:
+        keys = sorted((now.keys() | before.keys()) - CHANGEABLE)
+        if different := [key for key in keys if now.get(key) != before.get(key)]:
             key = different[0]
             raise DataError(
                 f"{self.folder} has answers of another run ({key}: {before.get(key)!r}, now {now.get(key)!r}): choose "

@@ -175,23 +175,29 @@ def _answer(
                 )
 
 
-def rescore(folder: Path) -> dict[str, Any]:
+def rescore(folder: Path, data: Path | None = None) -> dict[str, Any]:
     """The report anew, from the answers that a run left in a folder and the data that it asked; also of one that was
-    stopped before it had a report. Raises DataError.
+    stopped before it had a report. `data` is where these are now, if they have moved. Raises DataError.
     """
-    benchmark, dataset = _earlier(folder)
+    benchmark, dataset = _earlier(folder, data)
     how = load(folder / REPORT)["run"] if (folder / REPORT).exists() else {}
     return _finish(benchmark, dataset, Journal(folder), how)
 
 
 def judge_run(
-    folder: Path, by: Judge, *, template: str | None = None, threads: int = 8, quiet: bool = False
+    folder: Path,
+    by: Judge,
+    *,
+    data: Path | None = None,
+    template: str | None = None,
+    threads: int = 8,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Let `by` judge what it has not judged yet of a run's answers, and score all; the report, which is written, too.
 
     Without a template, it is asked in the benchmark's language, in this library's words. Raises DataError, ConfigError.
     """
-    benchmark, dataset = _earlier(folder)
+    benchmark, dataset = _earlier(folder, data)
     if benchmark.form.metric != JUDGED:
         raise DataError(f"{benchmark.name} is scored without a judge")
     answers = Journal(folder).answers()
@@ -199,10 +205,10 @@ def judge_run(
     asked = [(item, said[item.id]) for item in dataset.items if item.id in said]
     language = "zh" if benchmark.name.endswith(CHINESE) else "en"
     judge(asked, by, folder / VERDICTS, template=template or TEMPLATES[language], threads=threads, quiet=quiet)
-    return rescore(folder)
+    return rescore(folder, data)
 
 
-def _earlier(folder: Path) -> tuple[Benchmark, Dataset]:
+def _earlier(folder: Path, moved: Path | None) -> tuple[Benchmark, Dataset]:
     """What a run asked. Raises DataError where the data are not the same any more."""
     journal = Journal(folder)
     settings = journal.settings()
@@ -211,7 +217,7 @@ def _earlier(folder: Path) -> tuple[Benchmark, Dataset]:
         raise DataError(f"{folder} has answers to {settings.get('benchmark')!r}, which is no benchmark")
     if lacking := [key for key in ("data", "few_shot", "limit", "skip", "questions") if key not in settings]:
         raise DataError(f"{folder}/{SETTINGS} lacks {lacking[0]}: it is of another version")
-    data = settings["data"]
+    data = moved or settings["data"]
     plan = Plan(
         None if data is None else Path(data),
         folder.parent,
