@@ -371,7 +371,7 @@ def test_a_video_that_ends_early(tmp_path: Path) -> None:
 
 @decoded
 def test_a_video_without_time_stamps(tmp_path: Path) -> None:
-    """Breakfast's are numbered as they are decoded, as in the reference, and need none; the others cannot be numbered."""
+    """Breakfast's are numbered as they are decoded, as in the reference, and need none; others are told."""
     encoded(tmp_path / "a.h264", 20, "libx264")
     video = open_video(tmp_path / "a.h264", 12)
     assert video.length == 20

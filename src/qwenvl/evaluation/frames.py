@@ -187,7 +187,7 @@ def _files(folder: Path, question: Question) -> list[Path]:
 
 
 def _of_video(path: Path, asked: Sequence[Question], folder: Path, opener: Opener) -> Iterator[Problem]:
-    """Cut the frames of all questions about a video, which are of one dimension; what is wrong with them."""
+    """Cut the frames of all questions about a video, which are of one dimension; yield what is wrong."""
     try:
         video = opener(path, asked[0].kind)
     except BrokenVideo as error:
