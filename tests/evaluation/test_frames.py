@@ -358,6 +358,24 @@ def test_every_frame_of_a_real_video(name: str, codec: str, kind: int, pauses: b
 
 
 @decoded
+def test_colours_are_read_as_the_video_says(tmp_path: Path) -> None:
+    """High definition has other colours than the rest (BT.709): PyAV before 17 read such a red as (232, 0, 1)."""
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=15)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.colorspace = 1
+        picture = av.VideoFrame(64, 48, "yuv420p")
+        for plane, value in zip(picture.planes, (63, 102, 240), strict=True):  # red in BT.709
+            plane.update(bytes([value]) * plane.buffer_size)
+        container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    (image,) = open_video(tmp_path / "a.mp4", 11).frames([0])
+    assert image.getpixel((20, 20)) == pytest.approx((255, 0, 0), abs=4)
+
+
+@decoded
 def test_a_video_that_ends_early(tmp_path: Path) -> None:
     """Where there are fewer frames than there were, the video is broken: no loop, and no wrong frame."""
     encoded(tmp_path / "a.avi", 100, "mpeg4")
