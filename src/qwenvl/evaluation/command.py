@@ -1,4 +1,4 @@
-"""`qwenvl eval`: benchmarks listed, their data checked, run, scored anew, judged and shown.
+"""`qwenvl eval`: benchmarks listed, their data checked and made ready, run, scored anew, judged and shown.
 
 add_arguments   the flags of its parts
 EPILOG          examples
@@ -30,6 +30,7 @@ EPILOG = """examples:
   qwenvl eval run tiny tiny_grounding --limit 220            # the embedded model, on pictures that are drawn here
   qwenvl eval list
   qwenvl eval prepare refcoco_val data                       # what the folder has, what is missing, who publishes it
+  qwenvl eval frames data                                    # of SEED-Bench's videos
   qwenvl eval run table6 --data data --model Qwen/Qwen-VL    # a table of the paper
   qwenvl eval run okvqa_val --data data --model Qwen/Qwen-VL --few-shot 4
   torchrun --nproc-per-node 8 -m qwenvl.cli eval run table4 table5 --data data --model Qwen/Qwen-VL
@@ -37,6 +38,15 @@ EPILOG = """examples:
   qwenvl eval report eval-out
 
 A run that was stopped goes on when the same command is given again. Nothing is downloaded but the model."""
+PLACES = """videos are looked for in DIR/seed_bench and in DIR, there and in these folders:
+  Something-Something v2  SSV2/videos, 20bn-something-something-v2, videos
+                          as 94328.webm
+  EPIC-KITCHENS           EPIC-KITCHENS/3h91syskeag572hl6tvuovwv4d/videos/test, EPIC-KITCHENS, videos
+                          as P03/P03_24.MP4, P03/videos/P03_24.MP4 or P03_24.MP4
+  Breakfast               BreakfastII_15fps_qvga_sync, videos
+                          as P06/cam01/P06_cereals.avi
+Frames go to video_imgs_4 beside SEED-Bench.json. Those that are there are kept: a run that was stopped goes on.
+Videos are decoded with PyAV: pip install 'qwenvl[video]'"""
 Adder = Callable[[argparse.ArgumentParser], None]
 
 
@@ -58,6 +68,13 @@ def add_arguments(
     prepare.add_argument("benchmark", help="as `qwenvl eval list` names it, or table4 to table7")
     prepare.add_argument("data", metavar="DIR", help="the folder of all data, such as the reference's `data`")
     prepare.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    frames = part(
+        "frames", _frames, "Cut the frames that SEED-Bench's questions about videos are asked with out of the videos."
+    )
+    frames.add_argument("data", metavar="DIR", help="the folder of all data, with seed_bench/SEED-Bench.json in it")
+    frames.add_argument("--quiet", action="store_true", help="no progress bar")
+    frames.formatter_class, frames.epilog = argparse.RawDescriptionHelpFormatter, PLACES
 
     run = part("run", as_rank(lambda given: _run(given, load)), "Answer benchmarks, score the answers, write reports.")
     model(run)
@@ -128,6 +145,15 @@ def _prepare(given: argparse.Namespace) -> None:
     told = [one.as_json() for one in found]
     print(json.dumps(told) if given.json else printable("\n\n".join(map(described, found))))
     if not all(one.ready for one in found):
+        raise SystemExit(1)
+
+
+def _frames(given: argparse.Namespace) -> None:
+    from .frames import cut, described
+
+    found = cut(given.data, quiet=given.quiet)
+    print(json.dumps(found.as_json()) if given.json else printable(described(found)))
+    if found.problems:
         raise SystemExit(1)
 
 

@@ -20,7 +20,16 @@ from ..errors import QwenVLError
 
 # A file; the bytes of one, as TSV files hold them; or what draws a picture when it is needed.
 Picture: TypeAlias = "Path | bytes | Callable[[], Image.Image]"
-Kind = Literal["malformed", "duplicate id", "missing picture", "broken picture", "no answer"]
+Kind = Literal[
+    "malformed",
+    "duplicate id",
+    "missing picture",
+    "broken picture",
+    "no answer",
+    "missing video",
+    "broken video",
+    "short video",
+]
 REFERENCE_DATA = "data"  # how paths begin in the reference's converted files: relative to the folder above the data
 
 

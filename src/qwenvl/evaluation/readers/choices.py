@@ -8,9 +8,9 @@ read_mmbench_table, read_mmbench          MMBench: its table; the JSON lines tha
 Truths are indices of options. Of SEED-Bench's and MMBench's forms the owners' comes first, since it alone has the kinds
 of questions; the questions are the same.
 
-Videos are not decoded here: four frames of each, uniformly sampled, must lie in `video_imgs_4` as the reference writes
-them, `<question_id>_0.jpg` to `_3.jpg`. Where the reference could not decode one, an error stands in place of its
-prompt, which is told as a malformed entry.
+Videos are not decoded here: four frames of each, uniformly sampled, must lie in `video_imgs_4` as the reference and
+`qwenvl eval frames` write them, `<question_id>_0.jpg` to `_3.jpg`. Where the reference could not decode one, an error
+stands in place of its prompt, which is told as a malformed entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ SEED_LETTERS = MMBENCH_LETTERS = "ABCD"
 SEED_FOLDERS = ("SEED-Bench-image", "seed_bench_image")
 SEED_IMAGES = range(1, 10)  # dimensions 1 to 9 ask about pictures, 10 to 12 about videos
 SEED_VIDEOS = range(10, 13)
+SEED_FOLDER, SEED_OWNERS = "seed_bench", "SEED-Bench.json"
 FRAMES = 4
+SEED_FRAMES = f"video_imgs_{FRAMES}"
 ABSENT = ("", "nan")  # what a cell of a table holds that has nothing to say
 TAGS = re.compile(r"(?:<img>[^<>\n]+</img>\n)+")
 
@@ -182,7 +184,7 @@ def _of_dimensions(path: Path, dimensions: range) -> Iterator[Entry]:
 def _seed_item(places: Places, names: Mapping[Any, str], _: str, entry: Mapping[str, Any]) -> Item:
     name, kind = text_of(entry, "question_id"), entry["question_type_id"]
     if kind in SEED_VIDEOS:
-        shown_files = [f"video_imgs_{FRAMES}/{name}_{frame}.jpg" for frame in range(FRAMES)]
+        shown_files = [f"{SEED_FRAMES}/{name}_{frame}.jpg" for frame in range(FRAMES)]
     else:
         shown_files = [text_of(entry, "data_id")]
     return Item(
@@ -213,11 +215,11 @@ def _seed(name: str, title: str, dimensions: range, prompts: str, pictures: str,
     return Benchmark(
         name,
         title,
-        "seed_bench",
+        SEED_FOLDER,
         SEED,
         (
-            Source(("SEED-Bench.json",), partial(read_seed, dimensions=dimensions), owners),
-            Source((prompts,), read_seed_prompts, f"{CONVERTED}/seed_bench/{prompts}"),
+            Source((SEED_OWNERS,), partial(read_seed, dimensions=dimensions), owners),
+            Source((prompts,), read_seed_prompts, f"{CONVERTED}/{SEED_FOLDER}/{prompts}"),
         ),
         pictures,
         _published("accuracy", *figures),
