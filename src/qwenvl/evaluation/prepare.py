@@ -33,7 +33,7 @@ LISTED = 20  # problems and pictures that are named
 
 @dataclass(frozen=True)
 class Files:
-    """One form of the data: the bytes of each file, or of those of a pattern, None where there is none; and its owner."""
+    """One form of the data: the bytes of each file or of all that fit a pattern, None if missing; and its owner."""
 
     files: dict[str, int | None]
     url: str
