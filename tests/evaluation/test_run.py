@@ -21,6 +21,7 @@ from qwenvl.evaluation.catalogue import BENCHMARKS
 from qwenvl.evaluation.forms import CHOICE, EXACT, SMALL, VQA
 from qwenvl.evaluation.items import DataError, Item, Problem
 from qwenvl.evaluation.journal import Journal
+from qwenvl.evaluation.report import WHOLE, load
 from qwenvl.evaluation.run import Plan, dataset_of, evaluate, rescore
 from qwenvl.pipeline import Pipeline
 
@@ -226,6 +227,34 @@ def test_scores_can_be_had_again(small: Pipeline, tmp_path: Path, monkeypatch: p
         rescore(tmp_path / "invented")
     with one_line_error(DataError, "no run"):
         rescore(tmp_path / "nowhere")
+
+
+def test_a_stopped_run_can_be_scored(small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run that never came to its report has answered is scored; the other items are listed as without answer."""
+    monkeypatch.setitem(BENCHMARKS, "invented", benchmark(EXACT, items(4)))
+    answered(BENCHMARKS["invented"], small, plan(tmp_path))
+    path = tmp_path / "invented" / "answers-0.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    (tmp_path / "invented" / "report.json").unlink()
+    found = rescore(tmp_path / "invented")
+    assert found["figures"][0]["count"] == 3
+    assert [one["where"] for one in found["problems"]] == ["q3"]
+    assert not found["whole"]
+
+
+def test_runs_of_other_versions_are_told(small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose files lack what this version needs is one line, not a traceback."""
+    monkeypatch.setitem(BENCHMARKS, "invented", benchmark(EXACT, items(2)))
+    answered(BENCHMARKS["invented"], small, plan(tmp_path))
+    path = tmp_path / "invented" / "run.json"
+    path.write_text(json.dumps({"benchmark": "invented"}))
+    with one_line_error(DataError, "lacks data"):
+        rescore(tmp_path / "invented")
+    path = tmp_path / "invented" / "report.json"
+    for text, says in (("[]", "no report of this version"), ("{", "is no report"), ('{"run": {}}', "eval score")):
+        path.write_text(text)
+        with one_line_error(DataError, says):
+            load(path, WHOLE)
 
 
 def test_examples_are_the_same_for_everybody(small: Pipeline) -> None:

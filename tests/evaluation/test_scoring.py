@@ -166,9 +166,19 @@ def test_mme_adds_accuracy_and_both_right(goldens: Path) -> None:
         for k, row in enumerate(of_task["rows"])
     ]
     found = score("mme", items)
-    assert {one.name: one.value for one in found.figures} == pytest.approx(cases["totals"], abs=1e-9)
-    assert set(found.groups) == set(cases["tasks"])
+    assert {one.name: one.value for one in found.figures[:2]} == pytest.approx(cases["totals"], abs=1e-9)
+    assert [one.name for one in found.figures[2:]] == ["accuracy", "accuracy+"]
+    for task, of_task in cases["tasks"].items():
+        assert found.groups[f"{task}, score"].value == pytest.approx(of_task["score"], abs=1e-9)
+        truths = [row[2].lower() for row in of_task["rows"]]
+        accuracy = 100 * fmean(one == other for one, other in zip(truths, of_task["labels"], strict=True))
+        assert found.groups[f"{task}, accuracy"].value == pytest.approx(accuracy, abs=1e-9)
+        assert found.groups[f"{task}, accuracy+"].value == pytest.approx(of_task["score"] - accuracy, abs=1e-9)
     labels = [label for of_task in cases["tasks"].values() for label in of_task["labels"]]
+    alone = score("mme", items[:-1])
+    assert alone.odd["answers about pictures with one answer"] == [items[-2].item.id]
+    task = f"{items[-1].item.group}, score"
+    assert alone.groups[task].count == found.groups[task].count - 1
     assert len(found.odd["answers neither yes nor no"]) == labels.count("other")
 
 

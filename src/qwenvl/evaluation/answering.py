@@ -48,7 +48,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, without what is empty."""
-        told = {key: value for key, value in vars(self).items() if value or key == "id"}
+        told = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items() if value}
         return told if self.losses or self.error else {"id": self.id, "answer": self.answer, **told}
 
     @classmethod
@@ -102,12 +102,15 @@ class Asker:
                 yield self._answer(item, shots, request)
 
     def examples(self, item: Item) -> list[Item]:
-        """What stands before an item's question."""
+        """What stands before an item's question. Raises PromptError where the data have too few."""
         if not self.few_shot:
             return []
         draw = random.Random(f"{self.seed} {item.id}")
         found = draw.sample(self.shots, min(len(self.shots), self.few_shot + SPARE))
-        return [shot for shot in found if not set(shot.pictures) & set(item.pictures)][: self.few_shot]
+        others = [shot for shot in found if not set(shot.pictures) & set(item.pictures)]
+        if len(others) < self.few_shot:
+            raise PromptError(f"{self.few_shot} examples of other pictures were asked for, and {len(others)} found")
+        return others[: self.few_shot]
 
     def _prepare(self, item: Item) -> _Prepared:
         """Ids and pixels, computed in a reader's thread."""

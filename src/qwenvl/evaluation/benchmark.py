@@ -49,6 +49,7 @@ class Benchmark:
         published: the paper's figures, by model and figure.
         size: how many items the whole benchmark has.
         table: of the paper, in which it stands.
+        submit_as: what the server of hidden annotations calls an item's id.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Benchmark:
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     size: int | None = None
     table: int | None = None
+    submit_as: str = "question_id"
 
 
 @dataclass(frozen=True)

@@ -68,17 +68,17 @@ def read(benchmark: Benchmark, root: str | Path, *, shots: bool = False, limit: 
     """
     places, source = Places(root, benchmark.folder), source_of(benchmark, root)
     files = [path for name in source.files for path in places.files(name)]
+    training = [places.file(name) for name in source.shots]
+    missing = [str(path) for path in training if not path.is_file()]
+    if shots and (missing or not training):
+        what = f"{missing[0]} is missing" if missing else "its data have none"
+        raise DataError(f"{benchmark.name}: few-shot examples come from a split for training, and {what}")
     items, problems = checked(source.read(files, places), limit)
     if not items and not problems:
         raise DataError(f"{benchmark.name}: {files[0]} has no entry")
     examples: list[Item] = []
     if shots:
-        names = [places.file(name) for name in source.shots]
-        missing = [str(path) for path in names if not path.is_file()]
-        if missing or not names:
-            what = f"{missing[0]} is missing" if missing else "its data have none"
-            raise DataError(f"{benchmark.name}: few-shot examples come from a split for training, and {what}")
-        examples, wrong = checked((source.read_shots or source.read)(names, places))
+        examples, wrong = checked((source.read_shots or source.read)(training, places))
         problems += wrong
     return Dataset(tuple(items), tuple(problems), tuple(files), tuple(examples))
 

@@ -103,16 +103,18 @@ def _list(given: argparse.Namespace) -> None:
     from .catalogue import BENCHMARKS
     from .summary import listed
 
-    print(json.dumps(listed(BENCHMARKS.values())) if given.json else _lines(listed(BENCHMARKS.values())))
+    found = listed(BENCHMARKS.values())
+    print(json.dumps(found) if given.json else _lines(found))
 
 
 def _lines(found: list[dict[str, Any]]) -> str:
-    lines = [f"{'benchmark':26}{'':28}{'metric':18}{'paper (base / chat)'}"]
+    lines = [f"{'benchmark':26}{'':26}{'items':>8}  {'table':7}of the paper, Qwen-VL / Qwen-VL-Chat"]
     for one in found:
         figures = "; ".join(
-            f"{name} {' / '.join(map(str, values.values()))}" for name, values in one["published"].items()
+            f"{name} {' / '.join(map(str, known.values()))}" for name, known in one["published"].items()
         )
-        lines.append(f"{one['name']:26}{one['title']:28}{one['metric']:18}{figures}".rstrip())
+        size = "" if one["size"] is None else f"{one['size']:,}"
+        lines.append(f"{one['name']:26}{one['title']:26}{size:>8}  {one['table'] or '':<7}{figures}".rstrip())
     return "\n".join(lines)
 
 
@@ -179,10 +181,11 @@ def _longest(benchmarks: list[Benchmark], pipeline: Pipeline, few_shot: int) -> 
 
 
 def _score(given: argparse.Namespace) -> None:
+    from .journal import SETTINGS
     from .run import rescore
     from .summary import runs_in, table
 
-    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder))]
+    reports = [rescore(folder) for folder in runs_in(Path(given.run_folder), SETTINGS)]
     print(json.dumps(reports) if given.json else printable(table(reports)))
 
 
@@ -200,10 +203,10 @@ def _judge(given: argparse.Namespace) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     from .radar import radar
-    from .report import REPORT, load
+    from .report import REPORT, WHOLE, load
     from .summary import runs_in, summary
 
-    reports = [load(folder / REPORT) for folder in runs_in(Path(given.folder))]
+    reports = [load(folder / REPORT, WHOLE) for folder in runs_in(Path(given.folder))]
     plot = Path(given.plot or Path(given.folder) / "radar.png")
     drawn = radar(reports, plot)
     if given.json:

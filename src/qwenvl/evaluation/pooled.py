@@ -6,9 +6,10 @@ with_pooled   reports, and those of what can be put together
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from .report import compared
 from .scoring import figure
 
 BASE, CHAT = "Qwen/Qwen-VL", "Qwen/Qwen-VL-Chat"
@@ -57,7 +58,7 @@ def _joined(name: str, pool: Pooled, parts: Mapping[str, Mapping[str, Any]]) -> 
         "title": pool.title,
         "table": pool.table,
         "settings": {**first["settings"], "questions": questions},
-        "figures": [{**asdict(together), "published": dict(pool.published)}],
+        "figures": [compared(together, pool.published)],
         "groups": {},
         "answers": answers,
         "whole": all(parts[part]["whole"] for part in pool.parts),

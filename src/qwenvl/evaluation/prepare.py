@@ -29,11 +29,19 @@ from .catalogue import checked, source_of
 from .items import DataError, Item, Picture, Places, Problem
 
 LISTED = 20  # problems and pictures that are named
+# Of archives of pictures whose owners tell how large they are.
+ARCHIVES = {
+    "http://images.cocodataset.org/zips/train2014.zip": "13 GB",
+    "http://images.cocodataset.org/zips/val2014.zip": "6 GB",
+    "http://images.cocodataset.org/zips/test2015.zip": "12 GB",
+    "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip": "20.3 GB",
+    "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": "6.6 GB",
+}
 
 
 @dataclass(frozen=True)
 class Files:
-    """One form of the data: the bytes of each file or of all that fit a pattern, None if missing; and its owner."""
+    """One form of the data: the bytes of each file or pattern, None where there is none; where it is published."""
 
     files: dict[str, int | None]
     url: str
@@ -123,19 +131,24 @@ def described(found: Prepared) -> str:
     """What there is, what is missing and where it is published, for people."""
     lines = [f"{found.benchmark} in {found.root}: {'ready' if found.ready else 'not ready'}"]
     for number, form in enumerate(found.forms, 1):
-        read = " (is read)" if form.chosen else ""
-        lines.append(f"  {'annotations' if number == 1 else 'or'}{read}, published at {form.url}")
-        for name, size in form.files.items():
-            lines.append(f"    {name}: {'missing' if size is None else _bytes(size)}")
+        read = " (these are read)" if form.chosen else ""
+        lines.append(f"  {'annotations' if number == 1 else 'or'}{read}, published at {form.url or 'no known place'}")
+        if found.error or form.chosen:
+            lines += [f"    {name}: {'missing' if size is None else _bytes(size)}" for name, size in form.files.items()]
+        else:
+            there = sum(size is not None for size in form.files.values())
+            lines.append(f"    {there} of {len(form.files)} files are there")
+    archive = f"published at {found.pictures_url or 'no known place'}"
+    archive += f" ({ARCHIVES[found.pictures_url]})" if found.pictures_url in ARCHIVES else ""
     if found.error:
-        return "\n".join([*lines, f"  {found.error}", f"  pictures: published at {found.pictures_url}"])
+        return "\n".join([*lines, f"  {found.error}", f"  pictures: {archive}"])
     expected = "" if found.expected is None else f" of {found.expected:,}"
     lines.append(f"  items: {found.items:,}{expected} can be asked")
     lines += [f"    {count:,} x {kind}" for kind, count in found.problems.items()]
     lines += [f"      {problem}" for problem in found.listed]
     pictures = found.pictures
     there = pictures.count - pictures.missing
-    lines.append(f"  pictures: {there:,} of {pictures.count:,}, {_bytes(pictures.size)}; {found.pictures_url}")
+    lines.append(f"  pictures: {there:,} of {pictures.count:,} are there, {_bytes(pictures.size)}; {archive}")
     if pictures.broken:
         lines += [f"    {pictures.broken:,} cannot be opened", *(f"      {one}" for one in pictures.listed)]
     return "\n".join(lines)

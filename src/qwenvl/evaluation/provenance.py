@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..bench.device import processor
 
 SAMPLED = 8  # elements of each tensor that its fingerprint takes: enough to tell checkpoints apart, and quick
 
@@ -44,7 +45,7 @@ def device_name(device: torch.device) -> str:
     """The device, as people call it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def today() -> str:

@@ -1,6 +1,7 @@
 """What came of a benchmark, as JSON: settings, versions, figures, every answer, and all that went wrong.
 
 report       the report
+compared     a figure beside the paper's
 write        puts it on the disk, with a file to submit where the annotations are not public
 REPORT       its name in the folder of a run
 """
@@ -8,7 +9,7 @@ REPORT       its name in the folder of a run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,17 @@ from typing import Any
 from ..files import whole_file
 from .answering import Answer
 from .benchmark import Benchmark, Dataset
+from .choices import likeliest
+from .forms import LETTERS
 from .items import DataError, Problem
 from .scoring import Answered, Figure, Scores, score
 
 REPORT, SUBMISSION = "report.json", "submission.json"
+# What every report of this version has.
+WHOLE = {
+    *("benchmark", "title", "model", "asked", "settings", "run", "items", "items_of_the_benchmark", "whole", "figures"),
+    *("groups", "odd", "hidden", "cut", "problems", "answers"),
+}
 
 
 def report(
@@ -43,14 +51,16 @@ def report(
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "model": settings["model"],
+        "asked": {name: value for name, value in asdict(benchmark.form).items() if value not in (None, {}, "", False)},
         "settings": dict(settings),
         "run": dict(run),
         "items": len(answered),
         "items_of_the_benchmark": benchmark.size,
         "whole": whole,
-        "figures": [{**asdict(one), "published": _published(benchmark, one)} for one in scores.figures],
+        "figures": [compared(one, _published(benchmark, one)) for one in scores.figures],
         "groups": {name: asdict(one) for name, one in scores.groups.items()},
         "odd": {what: list(ids) for what, ids in scores.odd.items()},
+        "hidden": sum(one.item.truth is None for one in answered),
         "cut": sum(answers[one.item.id].cut for one in answered),
         "problems": [asdict(problem) for problem in problems],
         "answers": [_told(one, answers[one.item.id], scores.items) for one in answered],
@@ -72,6 +82,12 @@ def _published(benchmark: Benchmark, figure: Figure) -> dict[str, float]:
     return {model: found[figure.name] for model, found in benchmark.published.items() if figure.name in found}
 
 
+def compared(one: Figure, published: Mapping[str, float]) -> dict[str, Any]:
+    """A figure beside the paper's."""
+    differences = {model: one.value - known for model, known in published.items()}
+    return {**asdict(one), "published": published, "difference": differences}
+
+
 def _told(one: Answered, answer: Answer, scores: Mapping[str, float]) -> dict[str, Any]:
     return {
         **answer.to_dict(),
@@ -80,20 +96,20 @@ def _told(one: Answered, answer: Answer, scores: Mapping[str, float]) -> dict[st
     }
 
 
-def write(found: Mapping[str, Any], folder: Path, hidden: Sequence[str] = ()) -> None:
-    """Put the report into a folder; and the answers to `hidden` ids, for who has their annotations.
+def write(found: Mapping[str, Any], benchmark: Benchmark, folder: Path) -> None:
+    """Put the report into a folder; and a list of the answers, for the owner of annotations that are not public.
 
-    The file to submit is a list of {"question_id", "answer"}, as VQA's and DocVQA's servers take it. Raises DataError.
+    That list is of {"question_id", "answer"}, under the names that the benchmark's server wants. Raises DataError.
     """
     _write(folder / REPORT, found)
-    asked = set(hidden)
-    if submitted := [row for row in found["answers"] if row["id"] in asked and "answer" in row]:
-        rows = [{"question_id": _number(row["id"]), "answer": row["answer"]} for row in submitted]
-        _write(folder / SUBMISSION, rows)
+    if found["hidden"]:
+        _write(folder / SUBMISSION, [_submitted(row, benchmark.submit_as) for row in found["answers"]])
 
 
-def _number(id_: str) -> int | str:
-    return int(id_) if id_.isdecimal() else id_
+def _submitted(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An answer to submit; of options, the letter."""
+    name = int(row["id"]) if row["id"].isdecimal() else row["id"]
+    return {key: name, "answer": LETTERS[likeliest(row["losses"])] if "losses" in row else row["answer"]}
 
 
 def _write(path: Path, found: Any) -> None:  # noqa: ANN401 - JSON
@@ -104,14 +120,14 @@ def _write(path: Path, found: Any) -> None:  # noqa: ANN401 - JSON
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A report from the disk. Raises DataError for what is none."""
+def load(path: Path, keys: Set[str] = frozenset({"run"})) -> dict[str, Any]:
+    """A report from the disk, with `keys` in it. Raises DataError for what is none."""
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is no report: {error}") from None
-    if not isinstance(found, dict) or not {"benchmark", "figures", "answers", "settings"} <= found.keys():
-        raise DataError(f"{path} is no report of an evaluation")
+    if not isinstance(found, dict) or not found.keys() >= keys:
+        raise DataError(f"{path} is no report of this version: `qwenvl eval score {path.parent}` makes one")
     return found

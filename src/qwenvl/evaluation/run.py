@@ -27,7 +27,7 @@ from .benchmark import Benchmark, Dataset
 from .catalogue import BENCHMARKS, read
 from .endpoint import Judge
 from .items import DataError, Item, Problem
-from .journal import Journal
+from .journal import SETTINGS, Journal
 from .judge import TEMPLATES, judge, transcript
 from .provenance import device_name, fingerprint, today, versions
 from .report import REPORT, load, report, write
@@ -176,9 +176,12 @@ def _answer(
 
 
 def rescore(folder: Path) -> dict[str, Any]:
-    """The report anew, from the answers that a run left in a folder and the data that it asked. Raises DataError."""
+    """The report anew, from the answers that a run left in a folder and the data that it asked; also of one that was
+    stopped before it had a report. Raises DataError.
+    """
     benchmark, dataset = _earlier(folder)
-    return _finish(benchmark, dataset, Journal(folder), load(folder / REPORT)["run"])
+    how = load(folder / REPORT)["run"] if (folder / REPORT).exists() else {}
+    return _finish(benchmark, dataset, Journal(folder), how)
 
 
 def judge_run(
@@ -192,7 +195,8 @@ def judge_run(
     if benchmark.form.metric != JUDGED:
         raise DataError(f"{benchmark.name} is scored without a judge")
     answers = Journal(folder).answers()
-    asked = [(item, answers[item.id].answer) for item in dataset.items if item.id in answers]
+    said = {name: one.answer for name, one in answers.items() if not one.error}
+    asked = [(item, said[item.id]) for item in dataset.items if item.id in said]
     language = "zh" if benchmark.name.endswith(CHINESE) else "en"
     judge(asked, by, folder / VERDICTS, template=template or TEMPLATES[language], threads=threads, quiet=quiet)
     return rescore(folder)
@@ -205,6 +209,8 @@ def _earlier(folder: Path) -> tuple[Benchmark, Dataset]:
     benchmark = BENCHMARKS.get(str(settings.get("benchmark")))
     if benchmark is None:
         raise DataError(f"{folder} has answers to {settings.get('benchmark')!r}, which is no benchmark")
+    if lacking := [key for key in ("data", "few_shot", "limit", "skip", "questions") if key not in settings]:
+        raise DataError(f"{folder}/{SETTINGS} lacks {lacking[0]}: it is of another version")
     data = settings["data"]
     plan = Plan(
         None if data is None else Path(data),
@@ -225,5 +231,5 @@ def _finish(benchmark: Benchmark, dataset: Dataset, journal: Journal, how: Mappi
         path = journal.folder / VERDICTS
         scores = figures(dataset.items, transcript(path)) if path.exists() else Scores((), {})
     found = report(benchmark, dataset, journal.answers(), journal.settings(), how, scores)
-    write(found, journal.folder, [item.id for item in dataset.items if item.truth is None])
+    write(found, benchmark, journal.folder)
     return found

@@ -208,24 +208,42 @@ def _grounding(answered: Sequence[Answered]) -> Scores:
 
 
 def _mme(answered: Sequence[Answered]) -> Scores:
-    """The two sums of tasks' scores, 100 x (accuracy + accuracy+) each; units are pictures with two questions."""
+    """The two sums of tasks' scores, 100 x (accuracy + accuracy+) each; then both of all tasks; units are pictures.
+
+    A picture has two questions: accuracy is of questions, accuracy+ of pictures of which both are right. One of whose
+    questions has no answer is left out, and listed.
+    """
     items = {one.item.id: float(mme_label(one.answer) == one.item.truth.lower()) for one in answered}
-    pictures: dict[str, dict[str, list[float]]] = {}
+    tasks: dict[str, dict[str, list[Answered]]] = {}
     for one in answered:
-        task = pictures.setdefault(one.item.group, {})
-        task.setdefault(one.item.more["picture"], []).append(items[one.item.id])
-    strata = {
-        task: [fmean(right) + all(right) for right in of_task.values() if len(right) == 2]
-        for task, of_task in pictures.items()
-    }
+        tasks.setdefault(one.item.group, {}).setdefault(one.item.more["picture"], []).append(one)
+    accuracy: dict[str, list[float]] = {}
+    both: dict[str, list[float]] = {}
+    half = []
+    for task, pictures in tasks.items():
+        for asked in pictures.values():
+            right = [items[one.item.id] for one in asked]
+            if len(asked) == 2:
+                accuracy.setdefault(task, []).append(fmean(right))
+                both.setdefault(task, []).append(float(all(right)))
+            else:
+                half += [one.item.id for one in asked]
+    scores = {task: [one + two for one, two in zip(accuracy[task], both[task], strict=True)] for task in accuracy}
     figures = [
-        figure(name, [strata[task] for task in tasks if strata.get(task)])
-        for name, tasks in MME_GROUPS.items()
-        if any(strata.get(task) for task in tasks)
+        figure(name, [scores[task] for task in of_group if task in scores])
+        for name, of_group in MME_GROUPS.items()
+        if any(task in scores for task in of_group)
     ]
+    for name, values in (("accuracy", accuracy), ("accuracy+", both)):
+        figures += [figure(name, [[value for of_task in values.values() for value in of_task]])] if values else []
+    groups = {
+        f"{task}, {name}": figure(name, [values[task]])
+        for task in scores
+        for name, values in (("score", scores), ("accuracy", accuracy), ("accuracy+", both))
+    }
     other = [one.item.id for one in answered if mme_label(one.answer) == "other"]
-    groups = {task: figure("score", [values]) for task, values in strata.items() if values}
-    return Scores(tuple(figures), items, groups, _told({"answers neither yes nor no": other}))
+    odd = {"answers neither yes nor no": other, "answers about pictures with one answer": half}
+    return Scores(tuple(figures), items, groups, _told(odd))
 
 
 def _small(answered: Sequence[Answered]) -> Scores:

@@ -42,9 +42,9 @@ def listed(benchmarks: Iterable[Benchmark]) -> list[dict[str, Any]]:
     return found
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """Folders with a report. Raises DataError where there is none."""
-    found = sorted(path.parent for path in folder.rglob(REPORT)) if folder.is_dir() else []
+def runs_in(folder: Path, having: str = REPORT) -> list[Path]:
+    """Folders of runs that have a report, or another file. Raises DataError where there is none."""
+    found = sorted(path.parent for path in folder.rglob(having)) if folder.is_dir() else []
     if not found:
         raise DataError(f"there is no run in {folder}: `qwenvl eval run` makes one")
     return found
@@ -98,8 +98,10 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
         if one["problems"]:
             told.append(f"{len(one['problems'])} left out")
         told += [f"{len(ids)} {what}" for what, ids in one["odd"].items()]
-        if not one["figures"]:
-            told.append("not scored: submit submission.json, or `qwenvl eval judge`")
+        if one["hidden"]:
+            told.append(f"{one['hidden']:,} without public annotations: submission.json is for their owner")
+        elif not one["figures"]:
+            told.append("not judged yet: `qwenvl eval judge`")
         if told:
             remarks.append(f"{one['benchmark']}, {one['model']}: {'; '.join(told)}.")
     return ["\n".join(f"- {remark}" for remark in remarks)]

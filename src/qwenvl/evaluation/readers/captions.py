@@ -77,7 +77,7 @@ def _item(name: str, places: Places, image: str, captions: list[str]) -> Item:
 CAPTIONS: tuple[Benchmark, ...] = (
     Benchmark(
         name="nocaps",
-        title="nocaps, validation",
+        title="NoCaps val",
         folder="nocaps",
         form=CAPTION,
         sources=(
@@ -95,7 +95,7 @@ CAPTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="flickr",
-        title="Flickr30K, Karpathy's test split",
+        title="Flickr30K",
         folder="flickr30k",
         form=CAPTION,
         sources=(

@@ -246,7 +246,7 @@ def _mmbench(name: str, title: str, *, answers: bool, size: int | None = None) -
 
 SCIENCEQA = Benchmark(
     "scienceqa_test_img",
-    "ScienceQA test, questions with a picture",
+    "ScienceQA-Img",
     "scienceqa",
     CHOICE,
     (
@@ -263,7 +263,7 @@ CHOICES = (
     SCIENCEQA,
     Benchmark(
         "scienceqa_test_img_letter",
-        f"{SCIENCEQA.title}: the letter of a generated answer",
+        f"{SCIENCEQA.title}, by letter",
         SCIENCEQA.folder,
         CHOICE_LETTER,
         SCIENCEQA.sources,
@@ -281,7 +281,7 @@ CHOICES = (
     ),
     _seed(
         "seed_video",
-        "SEED-Bench, videos as four frames",
+        "SEED-Bench, videos",
         SEED_VIDEOS,
         "video_input_4.jsonl",
         "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md",

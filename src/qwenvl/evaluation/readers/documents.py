@@ -182,7 +182,7 @@ def _chartqa(kind: str) -> Benchmark:
     )
     return Benchmark(
         name=f"chartqa_test_{kind}",
-        title=f"ChartQA, test, {kind}",
+        title=f"ChartQA, {kind}",
         folder="chartqa",
         form=CHART,
         sources=(reference("chartqa", f"test_{kind}.jsonl", read=numbered, shots=f"train_{kind}.jsonl"), *own),
@@ -196,7 +196,7 @@ def _chartqa(kind: str) -> Benchmark:
 def _ocrvqa(name: str, split: int, published: Mapping[str, Mapping[str, float]], table: int | None) -> Benchmark:
     return Benchmark(
         name=f"ocrvqa_{name}",
-        title=f"OCR-VQA, {name}",
+        title=f"OCR-VQA {name}",
         folder="ocrvqa",
         form=EXACT_LONG,
         sources=(
@@ -212,7 +212,7 @@ def _ocrvqa(name: str, split: int, published: Mapping[str, Mapping[str, float]],
 DOCUMENTS: tuple[Benchmark, ...] = (
     Benchmark(
         name="docvqa_val",
-        title="DocVQA, validation",
+        title="DocVQA val",
         folder="docvqa",
         form=DOCUMENT,
         sources=(
@@ -225,7 +225,7 @@ DOCUMENTS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="docvqa_test",
-        title="DocVQA, test",
+        title="DocVQA test",
         folder="docvqa",
         form=DOCUMENT,
         sources=(
@@ -236,10 +236,11 @@ DOCUMENTS: tuple[Benchmark, ...] = (
         published=figures(65.1, 62.6, "ANLS"),
         size=5188,
         table=5,
+        submit_as="questionId",
     ),
     Benchmark(
         name="infographicvqa_val",
-        title="InfographicVQA, validation",
+        title="InfographicVQA val",
         folder="infographicsvqa",
         form=DOCUMENT,
         sources=(
@@ -254,7 +255,7 @@ DOCUMENTS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="infographicvqa_test",
-        title="InfographicVQA, test",
+        title="InfographicVQA test",
         folder="infographicsvqa",
         form=DOCUMENT,
         sources=(
@@ -263,12 +264,13 @@ DOCUMENTS: tuple[Benchmark, ...] = (
         ),
         pictures=DOCVQA,
         size=3288,
+        submit_as="questionId",
     ),
     _chartqa("human"),
     _chartqa("augmented"),
     Benchmark(
         name="ai2d_test",
-        title="AI2D, test",
+        title="AI2D",
         folder="ai2diagram",
         form=EXACT,
         sources=(

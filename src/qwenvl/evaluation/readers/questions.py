@@ -116,7 +116,7 @@ VQA_TRAIN = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train201
 QUESTIONS: tuple[Benchmark, ...] = (
     Benchmark(
         name="vqav2_val",
-        title="VQAv2, validation",
+        title="VQAv2 val",
         folder="vqav2",
         form=VQA,
         sources=(
@@ -139,7 +139,7 @@ QUESTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="vqav2_testdev",
-        title="VQAv2, test-dev",
+        title="VQAv2 test-dev",
         folder="vqav2",
         form=VQA,
         sources=(
@@ -158,7 +158,7 @@ QUESTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="okvqa_val",
-        title="OK-VQA, validation",
+        title="OK-VQA",
         folder="okvqa",
         form=VQA,
         sources=(
@@ -179,7 +179,7 @@ QUESTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="textvqa_val",
-        title="TextVQA, validation",
+        title="TextVQA",
         folder="textvqa",
         form=VQA,
         sources=(
@@ -204,7 +204,7 @@ QUESTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="vizwiz_val",
-        title="VizWiz, validation",
+        title="VizWiz val",
         folder="vizwiz",
         form=VQA,
         sources=(
@@ -218,7 +218,7 @@ QUESTIONS: tuple[Benchmark, ...] = (
     ),
     Benchmark(
         name="vizwiz_test",
-        title="VizWiz, test",
+        title="VizWiz test",
         folder="vizwiz",
         form=VQA,
         sources=(
@@ -229,10 +229,11 @@ QUESTIONS: tuple[Benchmark, ...] = (
         published=figures(35.2, 38.9),
         size=8000,
         table=4,
+        submit_as="image",
     ),
     Benchmark(
         name="gqa_testdev",
-        title="GQA, balanced test-dev",
+        title="GQA",
         folder="gqa",
         form=GQA,
         sources=(

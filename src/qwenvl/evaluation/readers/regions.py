@@ -214,7 +214,7 @@ REGIONS = (
     _refcoco("refcocog_test", "refcocog", "test", "refs(umd).p", 9602, (85.48, 86.32), "RefCOCOg"),
     Benchmark(
         "grit_refexp",
-        "GRIT referring expressions",
+        "GRIT refexp",
         "grit",
         REGION,
         tuple(

@@ -12,17 +12,18 @@ from pathlib import Path
 from ...training.recipes.tiny_evaluate import ROWS, Question, asked
 from ...training.recipes.tiny_scenes import Split, draw
 from ...training.recipes.tiny_words import LANGUAGES
-from ..benchmark import Benchmark, Source
-from ..forms import REGION, SMALL
+from ..benchmark import Benchmark, Reader, Source
+from ..forms import REGION, SMALL, Form
 from ..items import Item, Places, Problem
 
 EACH = 300  # questions of each skill and language
 RAW = "box (raw)"  # what is asked in the base model's form
+SKILLS = [row for row in ROWS if row != RAW]
 
 
 def _skills(_files: Sequence[Path], _places: Places) -> Iterator[Item | Problem]:
     """Every skill in turn, so that the first few items are of all."""
-    for number, question in _in_turn([row for row in ROWS if row != RAW]):
+    for number, question in _in_turn(SKILLS):
         exchange = question.exchange
         group = f"{question.row}, {exchange.language.name}"
         pictures = tuple(partial(draw, scene) for scene in question.scenes)
@@ -55,7 +56,11 @@ def _in_turn(rows: Sequence[str]) -> Iterator[tuple[int, Question]]:
             yield number, next(stream)
 
 
+def _made_here(name: str, title: str, form: Form, read: Reader, skills: int) -> Benchmark:
+    return Benchmark(name, title, "", form, (Source((), read, ""),), "", size=EACH * len(LANGUAGES) * skills)
+
+
 SMALL_BENCHMARKS = (
-    Benchmark("tiny", "Small model: skills", "", SMALL, (Source((), _skills, ""),), ""),
-    Benchmark("tiny_grounding", "Small model: phrases", "", REGION, (Source((), _phrases, ""),), ""),
+    _made_here("tiny", "Small model: skills", SMALL, _skills, len(SKILLS)),
+    _made_here("tiny_grounding", "Small model: phrases", REGION, _phrases, 1),
 )
