@@ -34,6 +34,7 @@ DOCUMENTS = (
     "docs/engine.md",
     "docs/parallel.md",
     "docs/web.md",
+    "docs/evaluation.md",
     "docs/benchmark.md",
     "docs/small-model.md",
     "docs/serving.md",  # whose examples tests/serving/test_documents.py runs
@@ -73,7 +74,7 @@ def headings(document: str) -> list[tuple[int, str]]:
     "document",
     [
         *("README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md"),
-        *("docs/engine.md", "docs/parallel.md"),
+        *("docs/engine.md", "docs/parallel.md", "docs/evaluation.md"),
     ],
 )
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,18 +94,22 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     "document",
     [
         *("README.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "docs/parallel.md"),
-        "weights/tiny/README.md",
+        *("docs/evaluation.md", "weights/tiny/README.md"),
     ],
 )
 def test_commands_work(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command does what it did when it was written: ours run here, those that build or download are looked up."""
+    """Every command does what it did when it was written: ours run here, those that build or download are looked up,
+    and so are those that would wait for somebody.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(builtins, "input", _leave)
     lines = [line for block in blocks(document, "bash") for line in block.splitlines() if line.strip()]
     assert lines
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)
-        if program == "qwenvl" and (HUB_ID.search(line) or arguments[0] == "serve"):  # which would not end
+        if program == "qwenvl" and (
+            HUB_ID.search(line) or arguments[0] == "serve" or arguments[:2] == ["eval", "judge"]
+        ):
             _parser().parse_args(arguments)
         elif program == "qwenvl":
             assert main(arguments) == 0, line

@@ -31,16 +31,6 @@ from .items import DataError, Item
 
 Order = Literal["answer first", "reference first"]
 ORDERS: tuple[Order, ...] = get_args(Order)
-Failure = Literal[
-    "time-out",
-    "no connection",
-    "HTTP error",
-    "no completion",
-    "refusal",
-    "empty reply",
-    "no two numbers",
-    "out of range",
-]
 LOWEST, HIGHEST = 1, 10
 
 NAMES = ("annotation", "question", "answer_1", "answer_2")

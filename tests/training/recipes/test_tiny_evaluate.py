@@ -253,25 +253,6 @@ def test_no_answer_is_too_long_to_be_given() -> None:
     assert tiny.LONGEST == tiny_evaluate.LONGEST
 
 
-# The command
-
-
-def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table, or one JSON object; a user's mistake is one line and status 2."""
-    monkeypatch.setattr(tiny_evaluate, "answers", lambda vl, batch: [perfect(question) for question in batch])
-    assert tiny_evaluate.main(["tiny", "--each", "1"]) == 0
-    assert capsys.readouterr().out.startswith("| | English | Chinese |")
-    assert tiny_evaluate.main(["--each", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["each"] == 1
-    assert tiny_evaluate.main(["no-such-folder"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    with pytest.raises(SystemExit) as stopped:
-        tiny_evaluate.main(["--each", "0"])
-    assert stopped.value.code == 2
-
-
 def test_score_without_overlap() -> None:
     """Shares of nothing are nothing; an overlap of some rows does not leak into others."""
     assert Score(0, 0).share == 0

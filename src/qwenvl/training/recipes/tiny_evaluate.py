@@ -5,15 +5,14 @@ asked           the same for one skill and language, without an end
 evaluate        answers them in batches, greedily
 Score           right, asked, and (of boxes) the mean IoU
 table           Markdown
+
+`qwenvl eval run tiny` asks the same questions, through the engine.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...errors import QwenVLError, told
 from ...image import preprocess
-from ...loading import load
 from ...pipeline import Pipeline
 from ...text.boxes import parse_spans
 from ...text.parts import parse_tagged
@@ -199,32 +196,3 @@ def report(vl: Pipeline, each: int, *, split: Split = Split.TEST, quiet: bool = 
         own = {"right": score.right, "asked": score.asked, "share": score.share, "interval": [low, high]}
         found.setdefault(row, {})[language] = own | ({} if score.overlap is None else {"iou": score.overlap})
     return {"split": split.name.lower(), "each": each, "scores": found, "table": table(scores)}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or JSON. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qwenvl.training.recipes.tiny_evaluate",
-        description="Held-out accuracy of the small model: new pictures, one question each, greedy answers.",
-        epilog="example:\n  python -m qwenvl.training.recipes.tiny_evaluate tiny --each 200",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", nargs="?", default="tiny", help="checkpoint folder (default: %(default)s)")
-    parser.add_argument(
-        "--each", type=int, default=200, help="questions of each row and language (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    given = parser.parse_args(arguments)
-    if given.each < 1:
-        parser.error(f"--each must be a number from 1 up, not {given.each}")
-    try:
-        found = report(load(given.model, quiet=True), given.each)
-    except QwenVLError as error:
-        print(told(error), file=sys.stderr)
-        return 2
-    print(json.dumps(found) if given.json else found["table"])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
