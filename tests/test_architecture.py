@@ -166,6 +166,36 @@ def test_every_public_name_is_there() -> None:
         qwenvl.nothing  # noqa: B018
 
 
+def imported_first(module: str) -> set[str]:
+    """The modules of ours that must have run before this one has: imports outside functions and type checking."""
+    before: set[str] = set()
+    package = module.split("/")[:-1]
+    waiting: list[ast.AST] = list(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            path = "/".join([*base, *(node.module or "").split(".")] if node.module else base)
+            named = [f"{path}/{alias.name}".lstrip("/") for alias in node.names]
+            before |= {name for name in (path, *named) if name in MODULES}
+        elif isinstance(node, (ast.Try, ast.ClassDef, ast.With)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)
+        ):
+            waiting += ast.iter_child_nodes(node)
+    return before
+
+
+def test_imports_go_in_no_circle() -> None:
+    """So whichever module is imported first, those that it needs have run: none relies on another's having come."""
+    left = {module: imported_first(module) for module in MODULES}
+    assert left["evaluation/run"] >= {"evaluation/journal", "adapt/ranks", "files"}, "the walk sees imports"
+    while ready := [module for module, before in left.items() if not before & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+@pytest.mark.slow
 def test_every_module_imports_by_itself() -> None:
     """In a fresh interpreter, whichever comes first: no import relies on another module's having run.
 

@@ -37,6 +37,15 @@ def test_both_forms_of_scienceqa(name: str) -> None:
     assert [item.truth for item in owners.items] == [0, 2, 1, 4, 0]
 
 
+def test_pictures_of_scienceqa_beside_the_problems(tmp_path: Path) -> None:
+    """The owners' test.zip holds the folder `test`: unpacked beside problems.json, its pictures are found, too."""
+    folder = copied(tmp_path, "scienceqa") / "scienceqa"
+    (folder / "images" / "test").rename(folder / "test")
+    read = form("scienceqa_test_img", "problems.json", tmp_path)
+    assert [item.pictures for item in read.items[:1]] == [(folder / "test/4/image.png",)]
+    assert not read.problems
+
+
 def test_prompts_of_scienceqa() -> None:
     """The reference's text; a question without a hint has N/A in its place."""
     first, second, *_ = form("scienceqa_test_img", "problems.json").items

@@ -87,35 +87,29 @@ def test_a_killed_run_goes_on(small: Pipeline, tmp_path: Path, monkeypatch: pyte
     assert [json.loads(line)["id"] for line in lines] == [f"q{k}" for k in range(9)]
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_are_one(small: Pipeline, tmp_path: Path) -> None:
     """Two gloo processes, going on where one was stopped, answer every item that is left once, and as one does."""
-    command = ["eval", "run", "tiny", "tiny_grounding", "--limit", "13", "--json", "--quiet", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = subprocess.run(
-        [sys.executable, "-m", "qwenvl.cli", *command, "--out", str(tmp_path / "one")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
+    names = ("tiny", "tiny_grounding")
+    one = [answered(BENCHMARKS[name], small, plan(tmp_path / "one", limit=13)) for name in names]
     begun = tmp_path / "two" / "tiny"
     begun.mkdir(parents=True)
     for name in ("run.json", "answers-0.jsonl"):
         (begun / name).write_bytes((tmp_path / "one" / "tiny" / name).read_bytes())
     lines = (begun / "answers-0.jsonl").read_bytes().splitlines(keepends=True)
     (begun / "answers-0.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:10])
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwenvl.cli"]
+    command = ["eval", "run", *names, "--limit", "13", "--json", "--quiet", "--device", "cpu"]
     two = subprocess.run(
-        [sys.executable, *torchrun, "-m", "qwenvl.cli", *command, "--out", str(tmp_path / "two")],
+        [sys.executable, *torchrun, *command, "--out", str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert two.returncode == 0, two.stderr
-    single, double = json.loads(one.stdout), json.loads(two.stdout)
-    assert [told(report) for report in double] == [told(report) for report in single]
+    double = json.loads(two.stdout)
+    assert [told(report) for report in double] == [told(report) for report in one]
     assert [report["run"]["processes"] for report in double] == [2, 2]
-    for name in ("tiny", "tiny_grounding"):
+    for name in names:
         files = sorted((tmp_path / "two" / name).glob("answers-*.jsonl"))
         ids = Counter(json.loads(line)["id"] for file in files for line in file.read_text().splitlines())
         assert len(files) == 2

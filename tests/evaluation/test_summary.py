@@ -102,6 +102,14 @@ def test_tables() -> None:
     assert markdown(["a|b"], [["c|d"]])[-1] == "| c\\|d |"
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "remark"), [("touchstone_en", "not judged yet"), ("mme", "no figure can be had from these")]
+)
+def test_reports_without_a_figure(benchmark: str, remark: str) -> None:
+    """Protects who ran MME with --limit 1, half a picture's pair, from being sent to a judge."""
+    assert f"- {benchmark}, Qwen/Qwen-VL: {remark}" in table([{**report(benchmark), "figures": []}])
+
+
 def test_subtasks() -> None:
     """Subtasks are rows; those of "row, column" make a table with both."""
     found = report()

@@ -1,4 +1,4 @@
-"""Captions beside people's: BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
+"""Captions beside people's: BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D, and METEOR where it can be had.
 
 score_captions      captions of pictures, as text
 CaptionScores       what that gives: of all pictures, and of each
@@ -6,8 +6,10 @@ bleu, rouge_l, cider    each metric alone, of sentences that are lists of words
 Score               what these give
 
 Written from the papers: BLEU, Papineni 2002; ROUGE-L, Lin 2004; CIDEr-D, Vedantam 2015. Where a paper leaves a choice
-open the numbers are those of pycocoevalcap 1.2, quirks included; each function says which. METEOR, which needs a Java
-program and its data, is left out.
+open the numbers are those of pycocoevalcap 1.2, quirks included; each function says which.
+
+METEOR is not written anew: it is a Java program with 100 MB of data, which `meteor` runs where the extra of that name
+and Java are installed. Without them there is no METEOR, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ ABOVE, BELOW = 1e-15, 1e-9
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores by metric: "Bleu_1" to "Bleu_4", "ROUGE_L" and "CIDEr".
+    """Scores by metric: "Bleu_1" to "Bleu_4", "ROUGE_L" and "CIDEr", and "METEOR" if it was asked for and can be had.
 
     Attributes:
         corpus: of all pictures together, from 0 to 1, CIDEr to 10; of BLEU this is not the mean over the pictures.
@@ -57,7 +59,9 @@ class Score:
     images: list[float]
 
 
-def score_captions(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> CaptionScores:
+def score_captions(
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], *, with_meteor: bool = False
+) -> CaptionScores:
     """A caption of each picture beside people's captions of it, as text, by the same keys.
 
     CIDEr weighs words by all references here, so a picture's score depends on which other pictures are scored with it.
@@ -72,6 +76,11 @@ def score_captions(candidates: Mapping[str, str], references: Mapping[str, Seque
     wanted = [[text.split(" ") for text in tokenize(references[key])] for key in candidates]
     metrics = {f"Bleu_{order}": score for order, score in zip(ORDERS, bleu(said, wanted), strict=True)}
     metrics |= {"ROUGE_L": rouge_l(said, wanted), "CIDEr": cider(said, wanted)}
+    if with_meteor:
+        from .meteor import meteor
+
+        if (found := meteor(said, wanted)) is not None:
+            metrics["METEOR"] = found
     return CaptionScores(
         {name: score.corpus for name, score in metrics.items()},
         {key: {name: score.images[at] for name, score in metrics.items()} for at, key in enumerate(candidates)},

@@ -16,6 +16,7 @@ from .items import Item
 Way = Literal["generate", "chat", "losses"]
 LETTERS = "ABCDEFGHIJ"
 NO_HINT = "N/A"
+JUDGED = "judged"  # the metric of forms whose answers another model judges
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ CHOICE_LETTER = Form("letter", CHOICE.template, max_new_tokens=10)
 CIRCULAR = Form("circular", CHOICE.template, way="losses")
 SEED = Form("choice", "Question: {text}\nOptions: {options}\nAnswer:", between="\n", way="losses")
 MME = Form("mme", "{text}", between="\n", way="chat", options={"top_p": 0.01})
-TOUCHSTONE = Form("judged", "{text}", way="chat")
+TOUCHSTONE = Form(JUDGED, "{text}", way="chat")
 SMALL = Form(
     "small", "{text}", way="chat", max_new_tokens=192, options={"do_sample": False}, numbered=True, trusted=True
 )

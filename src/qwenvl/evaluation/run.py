@@ -26,6 +26,7 @@ from .answering import Asker
 from .benchmark import Benchmark, Dataset
 from .catalogue import BENCHMARKS, read
 from .endpoint import Judge
+from .forms import JUDGED
 from .items import DataError, Item, Problem
 from .journal import SETTINGS, Journal
 from .judge import TEMPLATES, judge, transcript
@@ -35,7 +36,6 @@ from .scoring import Scores
 from .touchstone import figures
 
 LOCK, VERDICTS = ".lock", "judgements.jsonl"
-JUDGED = "judged"  # the metric of forms whose answers a judge scores
 CHINESE = "_cn"  # how the names of benchmarks in Chinese end
 SHOWN = 3  # problems that an error quotes
 

@@ -25,6 +25,7 @@ from .texts import anls, exact_match, gqa_normalised, relaxed_accuracy
 from .vqa import vqa_accuracy
 
 RESAMPLES, SURE = 1000, 95  # bootstrap samples, and the percentage of them that an interval holds
+CAPTION_TITLES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L", "METEOR": "METEOR"}
 LETTER = re.compile(rf"\b[{LETTERS}]\b")
 
 
@@ -115,18 +116,20 @@ def _without_words(answered: Sequence[Answered]) -> list[str]:
 
 
 def _captions(answered: Sequence[Answered]) -> Scores:
-    """CIDEr x 100, as papers print it, then BLEU-4 and ROUGE-L x 100; units are pictures.
+    """CIDEr x 100, as papers print it, then BLEU-4, ROUGE-L and, where it can be had, METEOR x 100; units are pictures.
 
     CIDEr weighs words by the references of the scored pictures. A bootstrap sample keeps these weights, and its corpus
-    BLEU is not computed anew: the interval of BLEU-4 is that of the mean over pictures, around the corpus' value.
+    BLEU and METEOR are not computed anew: their intervals are those of the means over pictures, around the corpus'
+    values.
     """
     found = score_captions(
-        {one.item.id: one.answer for one in answered}, {one.item.id: one.item.truth for one in answered}
+        {one.item.id: one.answer for one in answered},
+        {one.item.id: one.item.truth for one in answered},
+        with_meteor=True,
     )
-    per_image = {name: [image[name] for image in found.images.values()] for name in ("CIDEr", "Bleu_4", "ROUGE_L")}
-    figures = []
-    for name, title in (("CIDEr", "CIDEr"), ("Bleu_4", "BLEU-4"), ("ROUGE_L", "ROUGE-L")):
-        figures.append(moved(figure(title, [per_image[name]]), 100 * found.corpus[name]))
+    titles = {name: title for name, title in CAPTION_TITLES.items() if name in found.corpus}
+    per_image = {name: [image[name] for image in found.images.values()] for name in titles}
+    figures = [moved(figure(title, [per_image[name]]), 100 * found.corpus[name]) for name, title in titles.items()]
     items = dict(zip(found.images, per_image["CIDEr"], strict=True))
     return Scores(tuple(figures), items, odd=_told({"empty answers": _without_words(answered)}))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from .benchmark import Benchmark
 from .catalogue import BENCHMARKS
+from .forms import JUDGED
 from .items import DataError
 from .pooled import with_pooled
 from .report import REPORT
@@ -101,7 +102,8 @@ def _remarks(reports: Sequence[Report]) -> list[str]:
         if one["hidden"]:
             told.append(f"{one['hidden']:,} without public annotations: submission.json is for their owner")
         elif not one["figures"]:
-            told.append("not judged yet: `qwenvl eval judge`")
+            judged = one["benchmark"] in BENCHMARKS and BENCHMARKS[one["benchmark"]].form.metric == JUDGED
+            told.append("not judged yet: `qwenvl eval judge`" if judged else "no figure can be had from these")
         if told:
             remarks.append(f"{one['benchmark']}, {one['model']}: {'; '.join(told)}.")
     return ["\n".join(f"- {remark}" for remark in remarks)]

@@ -66,8 +66,8 @@ def read_problems(files: Sequence[Path], places: Places) -> Iterator[Item | Prob
                 yield where, entry | {"id": name}
 
     def make(_: str, entry: Mapping[str, Any]) -> Item:
-        picture = f"images/test/{entry['id']}/{text_of(entry, 'image')}"
-        return _chosen(entry["id"], places.picture(picture), entry)
+        picture = f"test/{entry['id']}/{text_of(entry, 'image')}"
+        return _chosen(entry["id"], places.picture(picture, ("images",)), entry)
 
     yield from each(asked(), make)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import codecs
 import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,14 +72,17 @@ def members(path: Path, found: Any, key: str | None = None) -> Iterator[Entry]: 
 
 
 def rows(path: Path, delimiter: str = "\t") -> Iterator[Entry]:
-    """Each row of a table whose first line names its columns. Raises DataError."""
+    """Each row of a table whose first line names its columns, one at a time: pictures are in them. Raises DataError."""
     csv.field_size_limit(LARGEST_FIELD)
     try:
-        table = csv.DictReader(io.StringIO(content(path).decode("utf-8"), newline=""), delimiter=delimiter)
-        for row in table:
-            where = f"{path.name}:{table.line_num}"
-            whole = None not in row and None not in row.values()
-            yield where, row if whole else Malformed("it has more or fewer columns than the first line")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter=delimiter)
+            for row in table:
+                where = f"{path.name}:{table.line_num}"
+                whole = None not in row and None not in row.values()
+                yield where, row if whole else Malformed("it has more or fewer columns than the first line")
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a table in UTF-8: {error}") from None
 
@@ -98,7 +100,7 @@ def content(path: Path) -> bytes:
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
 
 
 def each(found: Iterable[Entry], make: Callable[[str, Mapping[str, Any]], Item]) -> Iterator[Item | Problem]:
@@ -150,6 +152,10 @@ def base64_of(entry: Mapping[str, Any], key: str) -> bytes:
     if not decoded:
         raise Malformed(f"{key} should be base64, not {shown(entry[key])}")
     return decoded
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror}")
 
 
 def _parsed(text: bytes) -> Any:  # noqa: ANN401 - JSON
