@@ -281,6 +281,19 @@ def test_a_stopped_run_can_be_scored(small: Pipeline, tmp_path: Path, monkeypatc
     assert not found["whole"]
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
+def test_scoring_replaces_a_damaged_report(
+    text: str, small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error about a damaged report says that scoring makes a new one, and scoring failed with the same error."""
+    monkeypatch.setitem(BENCHMARKS, "invented", benchmark(EXACT, items(2)))
+    found = answered(BENCHMARKS["invented"], small, plan(tmp_path))
+    path = tmp_path / "invented" / "report.json"
+    path.write_text(text)
+    assert rescore(tmp_path / "invented") == {**found, "run": {}}
+    assert load(path, WHOLE)["figures"] == found["figures"]
+
+
 def test_runs_of_other_versions_are_told(small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder whose files lack what this version needs is one line, not a traceback."""
     monkeypatch.setitem(BENCHMARKS, "invented", benchmark(EXACT, items(2)))

@@ -191,7 +191,10 @@ def rescore(folder: Path, data: Path | None = None) -> dict[str, Any]:
     stopped before it had a report. `data` is where these are now, if they have moved. Raises DataError.
     """
     benchmark, dataset = _earlier(folder, data)
-    how = load(folder / REPORT)["run"] if (folder / REPORT).exists() else {}
+    try:
+        how = load(folder / REPORT)["run"]
+    except DataError:  # there is none, or it is damaged or of another version: this makes a new one
+        how = {}
     return _finish(benchmark, dataset, Journal(folder), how)
 
 
