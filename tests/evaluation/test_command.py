@@ -1,16 +1,20 @@
 """`qwenvl eval`: from a command line to tables, files and a picture; mistakes are one line."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmark_data import DATA
+from benchmark_data import DATA, copied
 from commands import Run
 from PIL import Image
 
 import qwenvl
+from qwenvl.evaluation.catalogue import BENCHMARKS
+from qwenvl.evaluation.command import _longest
 from qwenvl.evaluation.endpoint import OpenAIJudge
 
 pytest_plugins = ("command_fixtures",)
@@ -109,6 +113,50 @@ def test_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = json.loads((tmp_path / "touchstone_cn" / "report.json").read_bytes())
     assert [round(one["value"], 6) for one in found["figures"]] == [700, 700]
     assert "a-key-of-the-judge" not in (tmp_path / "touchstone_cn" / "judgements.jsonl").read_text()
+
+
+def test_flags_reach_what_they_are_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed, rows and time-out are those that were given; a row holds a video's frames and examples; what is wrong with
+    the data is fatal unless it is to be skipped.
+    """
+    engines: list[Any] = []
+    start = qwenvl.Pipeline.start_engine
+
+    def started(self: qwenvl.Pipeline, rows: int | None = None, **named: Any) -> Any:
+        engines.append((rows, named["max_length"]))
+        return start(self, rows, **named)
+
+    monkeypatch.setattr(qwenvl.Pipeline, "start_engine", started)
+    flags = ("--seed", "5", "--rows", "3", "--data", str(DATA), "--json")
+    (found,) = json.loads(evaluated(run, "run", "okvqa_val", *flags, "--out", str(tmp_path / "a"))[0])
+    assert (found["settings"]["seed"], found["settings"]["few_shot"], engines[0][0]) == (5, 0, 3)
+
+    data = copied(tmp_path / "data", "okvqa", "coco")
+    next((data / "coco" / "val2014").iterdir()).unlink()
+    wrong = ("run", "okvqa_val", "--data", str(data), "--out", str(tmp_path / "b"))
+    status, _, err = run("eval", *wrong)
+    assert status == 2
+    assert "1 x missing picture" in err
+    assert "1 left out" in evaluated(run, *wrong, "--on-error", "skip")[0]
+
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-the-judge")
+    waited: list[float] = []
+    monkeypatch.setattr(OpenAIJudge, "__init__", lambda _self, _url, _model, _key, timeout: waited.append(timeout))
+    command = ("judge", str(tmp_path / "a" / "okvqa_val"), "--model", "x", "--key", "JUDGE_KEY", "--timeout", "7")
+    assert run("eval", *command)[0] == 2
+    assert waited == [7]
+
+
+def test_rows_hold_videos_and_examples(shared: qwenvl.Pipeline) -> None:
+    """A row has the trained length, or more for four frames and for examples, and never more than the positions."""
+    config = dataclasses.replace(shared.config, seq_length=2048, max_position_embeddings=8192)
+    config = dataclasses.replace(config, visual=dataclasses.replace(config.visual, n_queries=256))
+    real: Any = SimpleNamespace(config=config)
+    of = {name: [BENCHMARKS[name]] for name in ("okvqa_val", "seed_video")}
+    assert _longest(of["okvqa_val"], real, 0) == 2048
+    assert _longest(of["seed_video"], real, 0) == 2056
+    assert _longest(of["okvqa_val"], real, 4) == 5 * (258 + 512) + 512
+    assert _longest(of["okvqa_val"], real, 32) == 8192
 
 
 def test_items_without_an_answer_are_not_judged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

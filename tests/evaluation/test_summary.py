@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.projections.polar import PolarAxes
 from PIL import Image
 from support import one_line_error
 
@@ -83,6 +84,8 @@ def test_what_the_paper_gives_together() -> None:
     *_, whole = with_pooled(halves)
     assert whole["figures"][0]["value"] == pytest.approx(100 * 3 / 5)
     assert whole["figures"][0]["published"] == {"Qwen/Qwen-VL": 65.7, "Qwen/Qwen-VL-Chat": 66.3}
+    assert whole["whole"]
+    assert not with_pooled([halves[0], {**halves[1], "whole": False}])[-1]["whole"], "of a part, it is a part"
     assert with_pooled(halves[:1]) == numbered(halves[:1])
     assert len(with_pooled([halves[0], {**halves[1], "settings": report(bits=4)["settings"]}])) == 2
 
@@ -122,12 +125,13 @@ def test_tables() -> None:
         "whole": False,
         "items": 3,
         "odd": {"empty answers": ["1"]},
+        "problems": [{"kind": "no answer", "where": "7", "what": "broken"}],
     }
     told = table([report(), part])
     assert "| benchmark | figure | Qwen-VL | Qwen-VL-Chat | paper: Qwen-VL |" in told
     assert "| REFCOCO_VAL | accuracy | 50.00 (49.00 to 51.00) |  | 100.0 |" in told
     assert "| OKVQA_VAL | accuracy |  | 50.00 (49.00 to 51.00) * | 100.0 |" in told
-    assert "- okvqa_val, Qwen/Qwen-VL-Chat: 3 items of 4 (*); 1 empty answers." in told
+    assert "- okvqa_val, Qwen/Qwen-VL-Chat: 3 items of 4 (*); 1 left out; 1 empty answers." in told
     assert told.index("Table 4") < told.index("Table 6")
     assert markdown(["a|b"], [["c|d"]])[-1] == "| c\\|d |"
 
@@ -162,6 +166,30 @@ def test_radar_of_the_paper(tmp_path: Path) -> None:
     assert {(0x2A, 0x6F, 0xDB), (0xD1, 0x49, 0x5B)} <= colours
     assert not radar(reports[:4], tmp_path / "none.png")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_radar_axes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A radius is the share of the paper's figure for Qwen-VL; without the paper's, a subtask's own, 1 being 100%."""
+    drawn: list[list[float]] = []
+    plot = PolarAxes.plot
+
+    def kept(self: Any, angles: Any, values: Any, *more: Any, **named: Any) -> Any:
+        drawn.append([float(value) for value in values])
+        return plot(self, angles, values, *more, **named)
+
+    monkeypatch.setattr(PolarAxes, "plot", kept)
+    reports = [report(name) for name in ("refcoco_val", "mme", "nocaps")]
+    for one, known in zip(reports, (50.0, 100.0, 200.0), strict=True):
+        one["figures"][0]["published"] = {"Qwen/Qwen-VL-Chat": 10.0, "Qwen/Qwen-VL": known}
+    assert radar(reports, tmp_path / "paper.png")
+    assert drawn == [[1, 1, 1, 1], [1, 0.5, 0.25, 1]]
+    drawn.clear()
+    alone = report("tiny")
+    known = {**alone["figures"][0], "value": 40.0}
+    alone["figures"][0]["published"] = {}
+    alone["groups"] = {f"{skill}, English": known for skill in "abc"}
+    assert radar([alone], tmp_path / "skills.png")
+    assert drawn[1] == [0.4, 0.4, 0.4, 0.4]
 
 
 def test_radar_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
