@@ -111,6 +111,44 @@ def test_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "a-key-of-the-judge" not in (tmp_path / "touchstone_cn" / "judgements.jsonl").read_text()
 
 
+def test_items_without_an_answer_are_not_judged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge is not asked about a picture that could not be shown: it would score an empty answer."""
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-the-judge")
+    monkeypatch.setattr(OpenAIJudge, "__call__", lambda *_: "8 8")
+    evaluated(run, "run", "touchstone_en", "--data", str(DATA), "--out", str(tmp_path), "--quiet")
+    folder = tmp_path / "touchstone_en"
+    answers = folder / "answers-0.jsonl"
+    first, *rest = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join([json.dumps({"id": json.loads(first)["id"], "error": "broken"}) + "\n", *rest]))
+    evaluated(run, "judge", str(folder), "--model", "x", "--key", "JUDGE_KEY", "--quiet")
+    assert len((folder / "judgements.jsonl").read_text().splitlines()) == 2 * len(rest)
+
+
+def test_scores_are_of_one_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that was stopped half-way left a mean of its scores and those of the judge before it."""
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-the-judge")
+    monkeypatch.setattr(OpenAIJudge, "__call__", lambda *_: "8 8")
+    evaluated(run, "run", "touchstone_en", "--data", str(DATA), "--out", str(tmp_path), "--quiet")
+    folder = tmp_path / "touchstone_en"
+    for model in ("first", "second"):
+        evaluated(run, "judge", str(folder), "--model", model, "--key", "JUDGE_KEY", "--threads", "1", "--quiet")
+    path = folder / "judgements.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:13]))
+    (found,) = json.loads(evaluated(run, "score", str(folder), "--json")[0])
+    assert found["run"]["judge"] == "second"
+    assert len(found["odd"]["rounds without a verdict (not asked)"]) == 7
+    assert sum(1 for row in found["answers"] if "score" in row) == 2
+    answers = folder / "answers-0.jsonl"
+    answers.write_text(
+        "".join(
+            json.dumps({**json.loads(line), "answer": "Other."}) + "\n" for line in answers.read_text().splitlines()
+        )
+    )
+    (found,) = json.loads(evaluated(run, "score", str(folder), "--json")[0])
+    assert not found["figures"], "verdicts on other answers are not these answers' scores"
+
+
 def test_a_comparison_of_runs(run: Run, tmp_path: Path) -> None:
     """Runs of two models over the same questions stand side by side, with the difference item by item."""
     evaluated(run, "run", "tiny_grounding", "--limit", "6", "--out", str(tmp_path / "first"))
@@ -145,6 +183,7 @@ def test_a_comparison_of_runs(run: Run, tmp_path: Path) -> None:
         ("judge . --model x", "OPENAI_API_KEY"),
         ("judge . --model x --key KEY", "has no run"),
         ("judge . --model x --key KEY --template missing.txt", "cannot read missing.txt"),
+        ("judge . --model x --key KEY --timeout 0", "--timeout must be more than 0"),
         ("prepare nothing .", "there is no benchmark nothing"),
         ("", "required: part"),
         ("run", "required: benchmark"),

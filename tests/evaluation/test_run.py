@@ -16,13 +16,13 @@ from support import one_line_error
 import qwenvl
 from qwenvl.evaluation import journal as journals
 from qwenvl.evaluation.answering import Answer, Asker
-from qwenvl.evaluation.benchmark import Benchmark
+from qwenvl.evaluation.benchmark import Benchmark, Dataset
 from qwenvl.evaluation.catalogue import BENCHMARKS
 from qwenvl.evaluation.forms import CHOICE, EXACT, SMALL, VQA
 from qwenvl.evaluation.items import DataError, Item, Problem
 from qwenvl.evaluation.journal import Journal
 from qwenvl.evaluation.report import WHOLE, load
-from qwenvl.evaluation.run import Plan, dataset_of, evaluate, rescore
+from qwenvl.evaluation.run import Plan, dataset_of, evaluate, questions_in, rescore
 from qwenvl.pipeline import Pipeline
 
 CHAT = replace(SMALL, metric="exact", trusted=False)
@@ -145,6 +145,19 @@ def test_a_broken_picture_is_listed_and_not_scored(small: Pipeline, tmp_path: Pa
     assert [row["id"] for row in found["answers"]] == ["q0", "q1", "q2"]
 
 
+def test_a_part_is_not_the_whole(small: Pipeline, tmp_path: Path) -> None:
+    """With a limit a report is not of the whole benchmark, also where nobody knows how many items that has; figures
+    stand beside the paper's, above it with a plus.
+    """
+    asked = benchmark(EXACT, items(3), published={"Qwen/Qwen-VL": {"accuracy": 250.0}})
+    assert not answered(asked, small, plan(tmp_path / "part", limit=2))["whole"]
+    found = answered(asked, small, plan(tmp_path / "all"))
+    assert found["whole"]
+    assert not answered(replace(asked, size=4), small, plan(tmp_path / "lacks"))["whole"]
+    (one,) = found["figures"]
+    assert one["difference"] == {"Qwen/Qwen-VL": pytest.approx(one["value"] - 250)}
+
+
 def test_problems_of_the_data_are_told_before_anything_is_asked(small: Pipeline, tmp_path: Path) -> None:
     """Without skip, bad data are one line with how many of each kind, and the first ones."""
     bad = [Problem("malformed", f"a.jsonl:{k}", "not JSON") for k in range(5)]
@@ -182,6 +195,35 @@ def test_other_weights_are_another_run(small: Pipeline, tmp_path: Path) -> None:
     other.model.decoder.ln_f.weight.data.mul_(1.5)
     with one_line_error(DataError, "another run", "weights"):
         answered(benchmark(EXACT, items(2)), other, plan(tmp_path))
+
+
+def test_answers_of_nobody_knows_which_run(small: Pipeline, tmp_path: Path) -> None:
+    """Answers without the settings of their run were taken for those of any run that came."""
+    answered(benchmark(EXACT, items(2)), small, plan(tmp_path))
+    (tmp_path / "invented" / "run.json").unlink()
+    with one_line_error(DataError, "no run.json", "another --out"):
+        answered(benchmark(EXACT, items(2)), small, plan(tmp_path, seed=1))
+
+
+def test_a_base_checkpoint_is_not_asked_in_chatml(
+    small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MME and TouchStone ask in ChatML; a base checkpoint was asked without it, and its figures looked like others."""
+    raw = replace(small.generation_config, chat_format="raw")
+    monkeypatch.setattr(small, "generation_config", raw)
+    with one_line_error(DataError, "invented asks in ChatML", "chat_format is raw"):
+        answered(benchmark(CHAT, items(2)), small, plan(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert answered(benchmark(EXACT, items(2)), small, plan(tmp_path))["items"] == 2
+
+
+@pytest.mark.parametrize("field", ["id", "text", "hint", "options", "shot"])
+def test_changed_questions_are_another_run(field: str) -> None:
+    """Whatever a question shows of itself is part of what makes a run: a change of it starts another."""
+    first = replace(items(1)[0], hint="hint", options=("a", "b"), shot="one")
+    other = replace(first, **{field: ("b", "a") if field == "options" else "other"})
+    names = [questions_in(Dataset((one,), (), ())) for one in (first, other)]
+    assert names[0] != names[1]
 
 
 def test_two_runs_into_one_folder(small: Pipeline, tmp_path: Path) -> None:

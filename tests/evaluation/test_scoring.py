@@ -38,11 +38,12 @@ def test_an_interval_holds_what_the_bootstrap_says() -> None:
     values = np.random.default_rng(7).random(400).round(1)
     found = figure("accuracy", [list(values)])
     draw = np.random.default_rng(1)
-    means = [100 * fmean(draw.choice(values, len(values))) for _ in range(2000)]
+    means = 100 * draw.choice(values, (20_000, len(values))).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     assert found.value == pytest.approx(100 * fmean(values))
     assert found.low == pytest.approx(low, abs=0.35)
     assert found.high == pytest.approx(high, abs=0.35)
+    assert found.high - found.low == pytest.approx(high - low, rel=0.1), "one of 90% is 16% narrower"
     assert found == figure("accuracy", [list(values)]), "the same scores, the same interval"
     assert found.count == 400
 
@@ -113,6 +114,8 @@ def test_grounding_both_scales_and_answers_without_a_box(goldens: Path) -> None:
     size = {"width": 1000, "height": 1000}
     edge = score("grounding", answered([[0, 0, 1000, 500]], ["(0,0),(999,250)"], more=size))
     assert [one.value for one in edge.figures[:2]] == [100, 0]
+    empty = score("grounding", answered([[0, 0, 0, 0], [0, 0, 9, 9]], ["no box", "(0,0),(9,9)"], more=size))
+    assert 0 < empty.figures[2].value < 100, "an overlap that is no number counts as none"
 
 
 def test_letters() -> None:
@@ -155,6 +158,17 @@ def test_mmbench_counts_questions(goldens: Path) -> None:
     assert strict.value == pytest.approx(100 * cases["circular_correct"] / cases["circular_total"])
     assert usual.value == pytest.approx(cases["consistency_majority_percent"])
     assert strict.count == usual.count == cases["circular_total"]
+
+
+def test_mmbench_groups_are_circular() -> None:
+    """A question of which most rotations are right counts for its kind only if all are."""
+    rows = [
+        Answered(Item(str(rotation * 1_000_000 + 7), (b"",), truth=0, options=("x", "y"), group="kind"), "", losses)
+        for rotation, losses in enumerate([(0.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+    ]
+    found = score("circular", rows)
+    assert [one.value for one in found.figures] == [0, 100]
+    assert (found.groups["kind"].value, found.groups["kind"].count) == (0, 1)
 
 
 def test_mme_adds_accuracy_and_both_right(goldens: Path) -> None:

@@ -12,7 +12,7 @@ from qwenvl.errors import QwenVLError
 from qwenvl.evaluation.items import DataError
 from qwenvl.evaluation.pooled import with_pooled
 from qwenvl.evaluation.radar import radar
-from qwenvl.evaluation.runs import Runs, compared
+from qwenvl.evaluation.runs import Runs, compared, numbered
 from qwenvl.evaluation.summary import markdown, summary, table
 
 
@@ -46,13 +46,15 @@ def report(benchmark: str = "refcoco_val", value: float = 50.0, **settings: Any)
 
 def test_labels_say_what_differs() -> None:
     """A run is called by its model, and by what tells it from others of that name; more bits come first."""
-    assert Runs([report(), report("mme")]).labels == ["Qwen-VL"]
-    runs = Runs([report(bits=4), report(), report(dtype="float32"), report(few_shot=4), report(weights="def")])
+    assert Runs(numbered([report(), report("mme")])).labels == ["Qwen-VL"]
+    runs = Runs(
+        numbered([report(bits=4), report(), report(dtype="float32"), report(few_shot=4), report(weights="def")])
+    )
     assert runs.labels[-1] == "Qwen-VL, bfloat16, 4 bits, 0-shot"
     assert len(set(runs.labels)) == 5
     assert "Qwen-VL, float32, not packed, 0-shot" in runs.labels
     assert "Qwen-VL, bfloat16, not packed, 0-shot, def" in runs.labels
-    assert Runs([report(), report(model="Qwen/Qwen-VL-Chat")]).labels == ["Qwen-VL", "Qwen-VL-Chat"]
+    assert Runs(numbered([report(), report(model="Qwen/Qwen-VL-Chat")])).labels == ["Qwen-VL", "Qwen-VL-Chat"]
 
 
 def test_differences_are_taken_pair_by_pair() -> None:
@@ -60,7 +62,7 @@ def test_differences_are_taken_pair_by_pair() -> None:
     one, other, strange = report(), report(bits=4), report(bits=8, questions="others")
     for row in other["answers"][:2]:
         row |= {"score": 1 - row["score"], "answer": "x"}
-    rows = compared(Runs([one, other, strange]))
+    rows = compared(Runs(numbered([one, other, strange])))
     assert [row[1] for row in rows] == ["Qwen-VL, 4 bits"]
     assert rows[0][2].startswith("+0.00 (-")
     assert rows[0][3] == "50.0%"
@@ -71,7 +73,7 @@ def test_options_are_compared_by_choice() -> None:
     one, other = report(), report(bits=4)
     for found, small in ((one, 0.0), (other, 1e-6)):
         found["answers"] = [{"id": "1", "losses": [1.0, 0.5 + small], "score": 1.0}]
-    assert compared(Runs([one, other]))[0][3] == "100.0%"
+    assert compared(Runs(numbered([one, other])))[0][3] == "100.0%"
 
 
 def test_what_the_paper_gives_together() -> None:
@@ -81,8 +83,36 @@ def test_what_the_paper_gives_together() -> None:
     *_, whole = with_pooled(halves)
     assert whole["figures"][0]["value"] == pytest.approx(100 * 3 / 5)
     assert whole["figures"][0]["published"] == {"Qwen/Qwen-VL": 65.7, "Qwen/Qwen-VL-Chat": 66.3}
-    assert with_pooled(halves[:1]) == halves[:1]
+    assert with_pooled(halves[:1]) == numbered(halves[:1])
     assert len(with_pooled([halves[0], {**halves[1], "settings": report(bits=4)["settings"]}])) == 2
+
+
+def test_runs_alike_stand_side_by_side() -> None:
+    """Two runs that differ in their limit or seed alone, which had one label, hid one another: the last was shown."""
+    both = numbered([report(value=40.0), report(value=60.0), report("mme", value=70.0)])
+    runs = Runs(both)
+    assert runs.labels == ["Qwen-VL", "Qwen-VL, run 2"]
+    shown = [runs.report(label, "refcoco_val") for label in runs.labels]
+    assert [one["figures"][0]["value"] for one in shown if one] == [40, 60]
+    halves = ("chartqa_test_human", "chartqa_test_augmented")
+    twice = with_pooled([report(name, value=value) for value in (40.0, 60.0) for name in halves])
+    assert Runs(twice).labels == runs.labels
+    assert all(Runs(twice).report(label, "chartqa") for label in runs.labels)
+
+
+def test_figures_stand_in_their_own_rows() -> None:
+    """A run of MME's first items has no Cognition: the figures behind it stood a row too high, as another's value."""
+    whole, part = report("mme"), report("mme", bits=4)
+    known = whole["figures"][0]
+    names = ("Perception", "Cognition", "accuracy")
+    whole["figures"] = [{**known, "name": name} for name in names]
+    part["figures"] = [{**known, "name": name, "value": 70.0} for name in ("Perception", "accuracy")]
+    told = table([part, whole])
+    assert "|  | Cognition | 50.00 (49.00 to 51.00) |  | 100.0 |" in told
+    assert "|  | accuracy | 50.00 (49.00 to 51.00) | 70.00 (49.00 to 51.00) | 100.0 |" in told
+    part["figures"] = [{**known, "name": "Cognition"}]
+    whole["figures"] = [{**known, "name": "Perception"}]
+    assert list(Runs(numbered([whole, part])).figures("mme")) == ["Perception", "Cognition"]
 
 
 def test_tables() -> None:
@@ -118,6 +148,8 @@ def test_subtasks() -> None:
     assert "| text in it | 50.00 (49.00 to 51.00) |" in summary([found])
     found["groups"] = {f"{row}, {column}": known for row in "ab" for column in ("one", "two")}
     assert "|  | one, Qwen-VL | two, Qwen-VL |" in summary([found])
+    found["groups"] = {"a, one": known, "b, one": known}
+    assert "| b, one | 50.00 (49.00 to 51.00) |" in summary([found]), "a column alone left its cells empty"
 
 
 def test_radar_of_the_paper(tmp_path: Path) -> None:

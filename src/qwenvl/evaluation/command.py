@@ -160,7 +160,7 @@ def _frames(given: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipeline]) -> None:
     from ..adapt.ranks import shared_errors
     from .catalogue import find
-    from .run import Plan, dataset_of, evaluate
+    from .run import Plan, check_format, dataset_of, evaluate
     from .summary import table
 
     _check(given)
@@ -172,6 +172,8 @@ def _run(given: argparse.Namespace, load: Callable[[argparse.Namespace], Pipelin
     ranks = _ranks(given)
     with shared_errors(ranks is not None):
         pipeline = load(given)
+        for benchmark in benchmarks:
+            check_format(benchmark, pipeline)
         pipeline.start_engine(given.rows, max_length=_longest(benchmarks, pipeline, given.few_shot))
     reports = [evaluate(*one, pipeline, plan, ranks) for one in zip(benchmarks, datasets, strict=True)]
     if given.first:
@@ -223,6 +225,8 @@ def _judge(given: argparse.Namespace) -> None:
     from .run import judge_run
     from .summary import table
 
+    if not given.timeout > 0:
+        raise ConfigError(f"--timeout must be more than 0 seconds, not {given.timeout:g}")
     template = None if given.template is None else template_file(given.template)
     by = OpenAIJudge(given.url, given.model, given.key, given.timeout)
     how = {"data": given.data, "template": template, "threads": given.threads, "quiet": given.quiet}

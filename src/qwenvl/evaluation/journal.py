@@ -17,7 +17,7 @@ from ..files import whole_file
 from .answering import Answer
 from .items import DataError
 
-SETTINGS = "run.json"
+SETTINGS, ANSWERS = "run.json", "answers-*.jsonl"
 CHANGEABLE = {"data", "skip"}  # the data may move, and a run that stopped at a broken picture may go on without it
 
 
@@ -32,12 +32,17 @@ class Journal:
         self.folder = folder
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or find that it holds answers of the same run. Raises DataError if it is another's."""
+        """Make the folder, or find that it holds answers of the same run. Raises DataError if they may be another's."""
         path = self.folder / SETTINGS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._compare(self.settings(), settings)
+            elif any(self.folder.glob(ANSWERS)):
+                raise DataError(
+                    f"{self.folder} has answers, and no {SETTINGS} that says of which run: choose another --out, or "
+                    "remove that folder"
+                )
             with whole_file(path) as file:
                 file.write(json_bytes(settings, indent=2))
         except OSError as error:
@@ -65,7 +70,7 @@ class Journal:
     def answers(self) -> dict[str, Answer]:
         """What has come so far, by id: the answer, or the error of an item that has none."""
         found: dict[str, Answer] = {}
-        for path in sorted(self.folder.glob("answers-*.jsonl")):
+        for path in sorted(self.folder.glob(ANSWERS)):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
                 try:
                     answer = Answer.from_dict(json.loads(line))

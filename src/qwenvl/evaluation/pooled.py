@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .report import compared
+from .runs import NUMBER, key_of, numbered
 from .scoring import figure
 
 BASE, CHAT = "Qwen/Qwen-VL", "Qwen/Qwen-VL-Chat"
@@ -32,13 +33,13 @@ POOLED = {
 
 
 def with_pooled(reports: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The reports, and one more for each pool of which a run has all parts."""
-    found = list(reports)
+    """The reports, numbered, and one more for each pool of which a run has all parts."""
+    found = numbered(reports)
+    alone = tuple(found)
     for name, pool in POOLED.items():
         runs: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-        for one in reports:
-            settings = one["settings"]
-            key = tuple(settings[part] for part in ("model", "weights", "dtype", "bits", "few_shot"))
+        for one in alone:
+            key = (*key_of(one["settings"]), one[NUMBER])
             if one["benchmark"] in pool.parts and one["figures"]:
                 runs.setdefault(key, {})[one["benchmark"]] = one
         found += [_joined(name, pool, parts) for parts in runs.values() if len(parts) == len(pool.parts)]

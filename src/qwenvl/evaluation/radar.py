@@ -14,7 +14,7 @@ from ..errors import QwenVLError
 from ..files import whole_file
 from .items import DataError
 from .pooled import with_pooled
-from .runs import Runs
+from .runs import Runs, numbered
 
 PAPER = "Qwen/Qwen-VL"
 LEAST_AXES = 3
@@ -30,7 +30,7 @@ def radar(reports: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """
     axes, lines = _of_paper(Runs(with_pooled(reports)))
     if len(axes) < LEAST_AXES:
-        axes, lines = _of_subtasks(Runs(reports))
+        axes, lines = _of_subtasks(Runs(numbered(reports)))
     if len(axes) < LEAST_AXES:
         return False
     try:
@@ -63,16 +63,16 @@ def _of_paper(runs: Runs) -> tuple[list[str], dict[str, list[float]]]:
     """Benchmarks that the paper has."""
     axes, lines = [], {label: list[float]() for label in runs.labels}
     for name in runs.benchmarks:
-        for at, known in enumerate(runs.any(name)["figures"]):
+        for at, (figure, known) in enumerate(runs.figures(name).items()):
             published = known["published"]
             if not published:
                 continue
             full = published.get(PAPER, next(iter(published.values())))
-            title = runs.any(name)["title"]
-            axes.append(f"{title}\n{known['name']} {full:g}" if at else f"{title}\n{full:g}")
+            title = runs.title(name)
+            axes.append(f"{title}\n{figure} {full:g}" if at else f"{title}\n{full:g}")
             for label, values in lines.items():
-                report = runs.report(label, name)
-                values.append(report["figures"][at]["value"] / full if report and report["figures"] else math.nan)
+                own = runs.figure(label, name, figure)
+                values.append(own["value"] / full if own else math.nan)
     return axes, lines
 
 

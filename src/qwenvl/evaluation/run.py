@@ -1,9 +1,10 @@
 """A benchmark from its data to a report: what is left is answered, everything is scored.
 
-Plan      how it is to be run
-evaluate  answers what has no answer yet, in this process or in all that torchrun started, and scores
-rescore   scores the answers of an earlier run
-judge_run lets another model judge them first
+Plan            how it is to be run
+evaluate        answers what has no answer yet, in this process or in all that torchrun started, and scores
+rescore         scores the answers of an earlier run
+judge_run       lets another model judge them first
+check_format    whether a model can be asked in a benchmark's form at all
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from tqdm import tqdm
 from ..adapt.ranks import Ranks, shared_errors
 from ..files import held
 from ..pipeline import Pipeline
-from .answering import Asker
+from .answering import Answer, Asker
 from .benchmark import Benchmark, Dataset
 from .catalogue import BENCHMARKS, read
 from .endpoint import Judge
 from .forms import JUDGED
 from .items import DataError, Item, Problem
 from .journal import SETTINGS, Journal
-from .judge import TEMPLATES, judge, transcript
+from .judge import TEMPLATES, Verdict, judge, transcript
 from .provenance import device_name, fingerprint, today, versions
 from .report import REPORT, load, report, write
 from .scoring import Scores
@@ -114,6 +115,15 @@ def questions_in(dataset: Dataset) -> str:
     return seen.hexdigest()[:16]
 
 
+def check_format(benchmark: Benchmark, pipeline: Pipeline) -> None:
+    """Raises DataError where a benchmark asks in ChatML, and the checkpoint was never taught it."""
+    known = pipeline.generation_config.chat_format
+    if benchmark.form.way == "chat" and known != "chatml":
+        raise DataError(
+            f"{benchmark.name} asks in ChatML, and {pipeline.name} is no chat checkpoint: its chat_format is {known}"
+        )
+
+
 def evaluate(
     benchmark: Benchmark, dataset: Dataset, pipeline: Pipeline, plan: Plan, ranks: Ranks | None = None
 ) -> dict[str, Any]:
@@ -123,6 +133,7 @@ def evaluate(
     answered by one of them. Returns the report in the first process, {} in the others. Raises DataError; nothing that
     was answered before is lost by it.
     """
+    check_format(benchmark, pipeline)
     together, first = ranks is not None, ranks is None or ranks.first
     folder = plan.out / benchmark.name
     journal = Journal(folder)
@@ -232,10 +243,21 @@ def _earlier(folder: Path, moved: Path | None) -> tuple[Benchmark, Dataset]:
 
 
 def _finish(benchmark: Benchmark, dataset: Dataset, journal: Journal, how: Mapping[str, Any]) -> dict[str, Any]:
-    scores = None
+    scores, answers = None, journal.answers()
     if benchmark.form.metric == JUDGED:
-        path = journal.folder / VERDICTS
-        scores = figures(dataset.items, transcript(path)) if path.exists() else Scores((), {})
-    found = report(benchmark, dataset, journal.answers(), journal.settings(), how, scores)
+        verdicts = _verdicts(journal.folder / VERDICTS, answers)
+        scores = figures(dataset.items, verdicts) if verdicts else Scores((), {})
+        how = {**how, "judge": verdicts[-1].model} if verdicts else how
+    found = report(benchmark, dataset, answers, journal.settings(), how, scores)
     write(found, benchmark, journal.folder)
     return found
+
+
+def _verdicts(path: Path, answers: Mapping[str, Answer]) -> list[Verdict]:
+    """Those of the judge who was asked last, about the answers there are now: a score is of one judge and one run."""
+    found = transcript(path) if path.exists() else []
+    return [
+        one
+        for one in found
+        if one.model == found[-1].model and one.id in answers and answers[one.id].answer in one.prompt
+    ]

@@ -63,25 +63,25 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def _table_of(runs: Runs, name: str) -> int | None:
-    return BENCHMARKS[name].table if name in BENCHMARKS else runs.any(name)["table"]
+    return BENCHMARKS[name].table if name in BENCHMARKS else runs.of(name)[0]["table"]
 
 
 def _figures(runs: Runs, names: Sequence[str]) -> list[str]:
-    papers = sorted({model for name in names for one in runs.any(name)["figures"] for model in one["published"]})
+    figures = {name: runs.figures(name) for name in names}
+    papers = sorted({model for known in figures.values() for one in known.values() for model in one["published"]})
     head = ["benchmark", "figure", *runs.labels, *(f"paper: {model.split('/')[-1]}" for model in papers)]
     rows = []
     for name in names:
-        for at, figure in enumerate(runs.any(name)["figures"]):
-            cells = [_cell(runs.report(label, name), at) for label in runs.labels]
+        for at, (title, figure) in enumerate(figures[name].items()):
+            cells = [_cell(runs, label, name, title) for label in runs.labels]
             paper = [str(figure["published"].get(model, "")) for model in papers]
-            rows.append(["" if at else runs.any(name)["title"], figure["name"], *cells, *paper])
+            rows.append(["" if at else runs.title(name), title, *cells, *paper])
     return markdown(head, rows)
 
 
-def _cell(report: Report | None, at: int) -> str:
-    if report is None or at >= len(report["figures"]):
-        return ""
-    return _shown(report["figures"][at]) + ("" if report["whole"] else " *")
+def _cell(runs: Runs, label: str, name: str, title: str) -> str:
+    report, figure = runs.report(label, name), runs.figure(label, name, title)
+    return "" if report is None or figure is None else _shown(figure) + ("" if report["whole"] else " *")
 
 
 def _shown(figure: Mapping[str, Any]) -> str:
@@ -115,7 +115,7 @@ def summary(reports: Sequence[Report]) -> str:
     sections = [table(reports)]
     for name in runs.benchmarks:
         if groups := _groups(runs, name):
-            sections.append("\n".join([f"## {runs.any(name)['title']}, by subtask", "", *groups]))
+            sections.append("\n".join([f"## {runs.title(name)}, by subtask", "", *groups]))
     if differences := compared(runs):
         head = ["benchmark", "run", f"difference to {runs.labels[0]}", "answers alike"]
         sections.append("\n".join(["## Runs over the same questions", "", *markdown(head, differences)]))
@@ -129,12 +129,12 @@ def _groups(runs: Runs, name: str) -> list[str]:
         return []
     split = [group.rpartition(", ") for group in groups]
     columns = list(dict.fromkeys(column for row, _, column in split)) if all(row for row, _, _ in split) else [""]
+    if len(columns) == 1:
+        columns = [""]  # rows alone
     labels = [label for label in runs.labels if runs.report(label, name)]
     head = ["", *(", ".join(filter(None, (column, label))) for column in columns for label in labels)]
     rows = []
-    for row in dict.fromkeys(
-        row if len(columns) > 1 else group for group, (row, _, _) in zip(groups, split, strict=True)
-    ):
+    for row in dict.fromkeys(row for row, _, _ in split) if len(columns) > 1 else groups:
         cells = []
         for column in columns:
             for label in labels:
