@@ -1,11 +1,12 @@
 """Every benchmark, from five invented questions in its files' form to a report, answered by the embedded model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_data import DATA
+from benchmark_data import DATA, copied
 from support import one_line_error
 
 import qwenvl
@@ -102,3 +103,21 @@ def test_names_of_benchmarks() -> None:
     assert len(find(["table6"])) == 9
     with one_line_error(DataError, "refcoco_vall", "did you mean refcoco_val?"):
         find(["refcoco_vall"])
+
+
+def test_data_may_move(small: Pipeline, tmp_path: Path) -> None:
+    """Answers stay a run's own when the folder of data is another one: it goes on, and can be scored anew."""
+    for name in ("here", "there"):
+        copied(tmp_path / name, "refcoco", "coco")
+    benchmark = BENCHMARKS["refcoco_val"]
+    plan = Plan(tmp_path / "here", tmp_path / "out", quiet=True)
+    found = evaluate(benchmark, dataset_of(benchmark, plan), small, plan)
+    shutil.rmtree(tmp_path / "here")
+    with one_line_error(DataError, "there is no folder", "here"):
+        rescore(tmp_path / "out" / "refcoco_val")
+    assert rescore(tmp_path / "out" / "refcoco_val", tmp_path / "there") == found
+    moved = Plan(tmp_path / "there", tmp_path / "out", quiet=True)
+    again = evaluate(benchmark, dataset_of(benchmark, moved), small, moved)
+    assert again["run"]["answered"] == 0
+    assert again["figures"] == found["figures"]
+    assert rescore(tmp_path / "out" / "refcoco_val") == again

@@ -244,6 +244,25 @@ def test_two_runs_into_one_folder(small: Pipeline, tmp_path: Path) -> None:
         other.communicate("")
 
 
+def test_who_stops_leaves_the_engine_to_others(small: Pipeline, tmp_path: Path) -> None:
+    """A run that ends in the middle takes its questions back: the engine has nothing left to do."""
+    assert small.engine is not None
+    with one_line_error(DataError, "broken"):
+        answered(benchmark(EXACT, [Item("broken", (b"?",), "What?", ["3"]), *items(20)]), small, plan(tmp_path))
+    while small.engine.step():
+        assert small.engine.load.waiting == 0
+    assert small.engine.load.active == 0
+
+
+def test_odd_characters_reach_the_report(small: Pipeline, tmp_path: Path) -> None:
+    """Half a surrogate pair, line ends and quotes in ids and questions are kept as they are, and read again."""
+    odd = replace(items(1)[0], id='a\ud83d"\n', text="What \ud83d\x00 is\nthis?")
+    found = answered(benchmark(EXACT, [odd, items(2)[1]]), small, plan(tmp_path, skip=True))
+    assert [row["id"] for row in found["answers"]] == [odd.id, "q1"]
+    assert load(tmp_path / "invented" / "report.json", WHOLE) == found
+    assert answered(benchmark(EXACT, [odd, items(2)[1]]), small, plan(tmp_path, skip=True))["run"]["answered"] == 0
+
+
 def test_damaged_answers_are_told(small: Pipeline, tmp_path: Path) -> None:
     """A line in the middle of the answers that is none is an error with its place, not an item that is asked again."""
     asked = benchmark(EXACT, items(3))

@@ -89,7 +89,8 @@ class Asker:
         prepared: deque[tuple[Item, Future[_Prepared]]] = deque()
         asked: deque[tuple[Item, tuple[str, ...], Request | QwenVLError]] = deque()
         waiting = iter(items)
-        with ThreadPoolExecutor(READERS) as readers:
+        readers = ThreadPoolExecutor(READERS)
+        try:
             while True:
                 while len(prepared) + len(asked) < ahead and (item := next(waiting, None)) is not None:
                     prepared.append((item, readers.submit(self._prepare, item)))
@@ -100,6 +101,11 @@ class Asker:
                     return
                 item, shots, request = asked.popleft()
                 yield self._answer(item, shots, request)
+        finally:  # who stops in the middle leaves the engine to others
+            readers.shutdown(cancel_futures=True)
+            for _, _, request in asked:
+                if isinstance(request, Request):
+                    request.cancel()
 
     def examples(self, item: Item) -> list[Item]:
         """What stands before an item's question. Raises PromptError where the data have too few."""

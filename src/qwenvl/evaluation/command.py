@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OUT = "eval-out"
 OPENAI = "https://api.openai.com/v1"
 TEXT = 512  # tokens of a question and its answer, at most; longer ones are told
-EPILOG = """examples:
+EXAMPLES = """\
   qwenvl eval run tiny tiny_grounding --limit 220            # the embedded model, on pictures that are drawn here
   qwenvl eval list
   qwenvl eval prepare refcoco_val data                       # what the folder has, what is missing, who publishes it
@@ -35,9 +35,10 @@ EPILOG = """examples:
   qwenvl eval run okvqa_val --data data --model Qwen/Qwen-VL --few-shot 4
   torchrun --nproc-per-node 8 -m qwenvl.cli eval run table4 table5 --data data --model Qwen/Qwen-VL
   qwenvl eval judge eval-out/Qwen-VL-Chat/touchstone_en --model gpt-4
-  qwenvl eval report eval-out
-
-A run that was stopped goes on when the same command is given again. Nothing is downloaded but the model."""
+  qwenvl eval score eval-out                                 # all runs in it, anew
+  qwenvl eval report eval-out""".splitlines()
+RESUMED = "A run that was stopped goes on when the same command is given again. Nothing is downloaded but the model."
+EPILOG = "\n".join(["examples:", *EXAMPLES, "", RESUMED])
 PLACES = """videos are looked for in DIR/seed_bench and in DIR, there and in these folders:
   Something-Something v2  SSV2/videos, 20bn-something-something-v2, videos
                           as 94328.webm
@@ -57,7 +58,13 @@ def add_arguments(
     parts = parser.add_subparsers(metavar="part", required=True)
 
     def part(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
-        sub = parts.add_parser(name, help=what, description=what)
+        sub = parts.add_parser(
+            name,
+            help=what,
+            description=what,
+            epilog="\n".join(["examples:", *(line for line in EXAMPLES if f"eval {name}" in line)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         return sub
@@ -74,7 +81,7 @@ def add_arguments(
     )
     frames.add_argument("data", metavar="DIR", help="the folder of all data, with seed_bench/SEED-Bench.json in it")
     frames.add_argument("--quiet", action="store_true", help="no progress bar")
-    frames.formatter_class, frames.epilog = argparse.RawDescriptionHelpFormatter, PLACES
+    frames.epilog = f"{frames.epilog}\n\n{PLACES}"
 
     run = part("run", as_rank(lambda given: _run(given, load)), "Answer benchmarks, score the answers, write reports.")
     model(run)

@@ -1,6 +1,7 @@
 """Answers on the disk as they come: what a run that was stopped goes on from.
 
-Journal   a folder of answers, a file for each process that writes
+Journal     a folder of answers, a file for each process that writes
+json_bytes  JSON as it is written here
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Journal:
                     "remove that folder"
                 )
             with whole_file(path) as file:
-                file.write((json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+                file.write(json_bytes(settings, indent=2))
         except OSError as error:
             raise DataError(f"cannot write to {self.folder}: {error.strerror}") from None
 
@@ -94,6 +95,11 @@ class Journal:
             raise DataError(f"cannot write to {path}: {error.strerror}") from None
 
 
+def json_bytes(value: Any, indent: int | None = None) -> bytes:  # noqa: ANN401 - JSON
+    """JSON and a line's end. Half a surrogate pair, which UTF-8 has no bytes for, becomes JSON's own escape."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
 class Writer:
     """Appends answers, each whole before the next is computed."""
 
@@ -102,5 +108,5 @@ class Writer:
 
     def add(self, answer: Answer) -> None:
         """Write one answer through to the system: it outlives this process."""
-        self._file.write((json.dumps(answer.to_dict(), ensure_ascii=False) + "\n").encode())
+        self._file.write(json_bytes(answer.to_dict()))
         self._file.flush()

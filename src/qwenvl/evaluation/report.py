@@ -20,6 +20,7 @@ from .benchmark import Benchmark, Dataset
 from .choices import likeliest
 from .forms import LETTERS
 from .items import DataError, Problem
+from .journal import json_bytes
 from .scoring import Answered, Figure, Scores, score
 
 REPORT, SUBMISSION = "report.json", "submission.json"
@@ -115,7 +116,7 @@ def _submitted(row: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _write(path: Path, found: Any) -> None:  # noqa: ANN401 - JSON
     try:
         with whole_file(path) as file:
-            file.write((json.dumps(found, ensure_ascii=False, indent=1) + "\n").encode())
+            file.write(json_bytes(found, indent=1))
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
