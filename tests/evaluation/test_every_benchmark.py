@@ -121,3 +121,34 @@ def test_data_may_move(small: Pipeline, tmp_path: Path) -> None:
     assert again["run"]["answered"] == 0
     assert again["figures"] == found["figures"]
     assert rescore(tmp_path / "out" / "refcoco_val") == again
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "metric", "way", "tokens"),
+    [
+        (("nocaps", "flickr"), "captions", "generate", (8, 30)),
+        (("vqav2", "okvqa", "textvqa", "vizwiz"), "vqa", "generate", (1, 10)),
+        (("docvqa", "infographicvqa"), "anls", "generate", (1, 100)),
+        (("chartqa",), "relaxed", "generate", (1, 100)),
+        (("gqa",), "gqa", "generate", (1, 10)),
+        (("ai2d",), "exact", "generate", (1, 10)),
+        (("ocrvqa",), "exact", "generate", (1, 100)),
+        (("scienceqa_test_img_letter",), "letter", "generate", (1, 10)),
+        (("scienceqa_test_img", "seed_"), "choice", "losses", (1, None)),
+        (("mmbench",), "circular", "losses", (1, None)),
+        (("refcoco", "grit"), "grounding", "generate", (10, 28)),
+        (("mme",), "mme", "chat", (1, None)),
+        (("touchstone",), "judged", "chat", (1, None)),
+    ],
+)
+def test_each_benchmark_is_asked_as_the_reference_asks_it(
+    prefixes: tuple[str, ...], metric: str, way: str, tokens: tuple[int, int | None]
+) -> None:
+    """A benchmark under another's form would still run: metric, way of asking and new tokens are the reference's."""
+    letter = prefixes[0].endswith("letter")
+    found = [one for one in WITH_FILES if one.name.startswith(prefixes) and one.name.endswith("letter") == letter]
+    assert found
+    for one in found:
+        form = one.form
+        asked = (form.metric, form.way, (form.min_new_tokens, form.max_new_tokens))
+        assert asked == (metric, way, tokens), one.name
