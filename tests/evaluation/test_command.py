@@ -101,7 +101,8 @@ def test_judge(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "not judged yet" in before
     folder = str(tmp_path / "touchstone_cn")
     command = ("judge", folder, "--model", "gpt-4", "--key", "JUDGE_KEY", "--threads", "1", "--quiet")
-    out, _ = evaluated(run, *command)
+    status, out, _ = run("eval", *command)
+    assert status == 1, "one round has no verdict"
     assert len(asked) == 10
     assert "两位助手" in asked[0][0]["content"]
     assert "| TouchStone, Chinese | score | " in out

@@ -231,6 +231,7 @@ def _judge(given: argparse.Namespace) -> None:
     from .judge import template_file
     from .run import judge_run
     from .summary import table
+    from .touchstone import UNREAD
 
     if not given.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, not {given.timeout:g}")
@@ -239,6 +240,8 @@ def _judge(given: argparse.Namespace) -> None:
     how = {"data": given.data, "template": template, "threads": given.threads, "quiet": given.quiet}
     report = judge_run(Path(given.run_folder), by, **how)
     print(json.dumps(report) if given.json else printable(table([report])))
+    if any(what.startswith(UNREAD) for what in report["odd"]):
+        raise SystemExit(1)
 
 
 def _report(given: argparse.Namespace) -> None:

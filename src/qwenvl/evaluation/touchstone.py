@@ -18,6 +18,7 @@ from .scoring import Scores, figure, moved
 
 SCALE = 100.0
 NOT_ASKED = "not asked"
+UNREAD = "rounds without a verdict"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def figures(items: Sequence[Item], verdicts: Sequence[Verdict]) -> Scores:
             rounds.setdefault(verdict.id, []).append(verdict.scores)
     ours = {item.id: fmean(own for own, _ in rounds[item.id]) for item in items if item.id in rounds}
     others = {name: fmean(other for _, other in rounds[name]) for name in ours}
-    odd = {f"rounds without a verdict ({kind})": ids for kind, ids in found.unread.items()}
+    odd = {f"{UNREAD} ({kind})": ids for kind, ids in found.unread.items()}
     if found.half:
         odd["answers judged in one order only"] = found.half
     if found.overall.answer is None or found.overall.reference is None:
