@@ -231,7 +231,7 @@ def _judge(given: argparse.Namespace) -> None:
     from .judge import template_file
     from .run import judge_run
     from .summary import table
-    from .touchstone import UNREAD
+    from .touchstone import NOT_ASKED, UNREAD
 
     if not given.timeout > 0:
         raise ConfigError(f"--timeout must be more than 0 seconds, not {given.timeout:g}")
@@ -240,7 +240,7 @@ def _judge(given: argparse.Namespace) -> None:
     how = {"data": given.data, "template": template, "threads": given.threads, "quiet": given.quiet}
     report = judge_run(Path(given.run_folder), by, **how)
     print(json.dumps(report) if given.json else printable(table([report])))
-    if any(what.startswith(UNREAD) for what in report["odd"]):
+    if any(what.startswith(UNREAD) and NOT_ASKED not in what for what in report["odd"]):
         raise SystemExit(1)
 
 
