@@ -47,6 +47,9 @@ HUB_ID = re.compile(r"\b[Qq]wen/Qwen-VL")
 LARGEST_PICTURE = 200_000  # bytes
 
 documents = pytest.mark.parametrize("document", DOCUMENTS)
+# Whose examples take many seconds, and do what tests/quantization and tests/adapt do in small.
+PACKING = pytest.param("docs/quantization.md", marks=pytest.mark.slow)
+SPREADING = pytest.param("docs/parallel.md", marks=pytest.mark.slow)
 
 
 def read(document: str) -> str:
@@ -73,7 +76,7 @@ def headings(document: str) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     "document",
     [
-        *("README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md"),
+        *("README.md", "docs/model.md", "docs/tutorial.md", "docs/training.md", PACKING),
         *("docs/engine.md", "docs/parallel.md", "docs/evaluation.md"),
     ],
 )
@@ -93,7 +96,7 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "document",
     [
-        *("README.md", "docs/tutorial.md", "docs/training.md", "docs/quantization.md", "docs/parallel.md"),
+        *("README.md", "docs/tutorial.md", "docs/training.md", PACKING, SPREADING),
         *("docs/evaluation.md", "weights/tiny/README.md"),
     ],
 )

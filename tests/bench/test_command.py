@@ -71,8 +71,9 @@ def bench(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
     return status, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_tiny_runs_every_part() -> None:
-    """What CI runs: all parts once on the embedded model and on packed weights of its shape; the last line is JSON."""
+    """`make bench` without a GPU: all parts once on the embedded model and on packed weights; the last line is JSON."""
     done = outside("bench", "--tiny")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
