@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,3 +252,25 @@ def test_mistakes(arguments: str, says: str, run: Run, tmp_path: Path, monkeypat
     assert len(lines) == 1, err
     assert says in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_table_leaves_out_what_cannot_be_run(
+    run: Run, tmp_path: Path, shared: qwenvl.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Benchmarks of a table without files, or for chat checkpoints alone, are told and left out; named, they end it."""
+    copied(tmp_path / "data", "seed_bench", "mme")
+    raw = replace(shared.generation_config, chat_format="raw")
+    monkeypatch.setattr(shared, "generation_config", raw)
+    where = ("--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--limit", "2")
+    out, err = evaluated(run, "run", "table7", *where)
+    told = [line.partition(": ")[2] for line in err.splitlines() if line.startswith("left out: ")]
+    assert [line.split()[0].rstrip(":") for line in told] == ["touchstone_en", "touchstone_cn", "mme"]
+    assert "| SEED-Bench, all | accuracy |" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["seed_image", "seed_video"]
+    for name, says in (("mme", "asks in ChatML"), ("touchstone_cn", "should have")):
+        status, _, err = run("eval", "run", "table7", name, *where)
+        assert status == 2
+        assert says in err.splitlines()[-1]
+    status, _, err = run("eval", "run", "table6", *where)
+    assert status == 2
+    assert "none of these benchmarks" in err.splitlines()[-1]

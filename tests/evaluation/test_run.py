@@ -19,7 +19,7 @@ from qwenvl.evaluation.answering import Answer, Asker
 from qwenvl.evaluation.benchmark import Benchmark, Dataset
 from qwenvl.evaluation.catalogue import BENCHMARKS
 from qwenvl.evaluation.forms import CHOICE, EXACT, SMALL, VQA
-from qwenvl.evaluation.items import DataError, Item, Problem
+from qwenvl.evaluation.items import DataError, Item, Problem, Unavailable
 from qwenvl.evaluation.journal import Journal
 from qwenvl.evaluation.report import WHOLE, load
 from qwenvl.evaluation.run import Plan, dataset_of, evaluate, questions_in, rescore
@@ -211,7 +211,7 @@ def test_a_base_checkpoint_is_not_asked_in_chatml(
     """MME and TouchStone ask in ChatML; a base checkpoint was asked without it, and its figures looked like others."""
     raw = replace(small.generation_config, chat_format="raw")
     monkeypatch.setattr(small, "generation_config", raw)
-    with one_line_error(DataError, "invented asks in ChatML", "chat_format is raw"):
+    with one_line_error(Unavailable, "invented asks in ChatML", "chat_format is raw"):
         answered(benchmark(CHAT, items(2)), small, plan(tmp_path))
     assert not list(tmp_path.iterdir())
     assert answered(benchmark(EXACT, items(2)), small, plan(tmp_path))["items"] == 2

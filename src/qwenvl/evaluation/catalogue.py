@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .benchmark import Benchmark, Dataset, Source
-from .items import DataError, Item, Places, Problem
+from .items import DataError, Item, Places, Problem, Unavailable
 from .readers.captions import CAPTIONS
 from .readers.choices import CHOICES
 from .readers.dialogue import DIALOGUE
@@ -52,7 +52,7 @@ def source_of(benchmark: Benchmark, root: str | Path) -> Source:
         if all(map(places.files, source.files)):
             return source
     wanted = ", or ".join(_named(source.files) for source in benchmark.sources)
-    raise DataError(
+    raise Unavailable(
         f"{benchmark.name}: {places.root / benchmark.folder} should have {wanted}; `qwenvl eval prepare "
         f"{benchmark.name} {places.root}` says where they are published"
     )

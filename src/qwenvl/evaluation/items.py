@@ -4,6 +4,7 @@ Item       one question about pictures, and what its answer is compared with
 Problem    an item, or a line of a file, that cannot be asked or scored, and why
 Places     where a benchmark's files and pictures may lie in a folder of data
 DataError  data that cannot be used at all
+Unavailable     a benchmark that cannot be run at all
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ REFERENCE_DATA = "data"  # how paths begin in the reference's converted files: r
 
 class DataError(QwenVLError):
     """Data of a benchmark that are missing or that cannot be used."""
+
+
+class Unavailable(DataError):
+    """A benchmark that cannot be run here at all: it has no files, or asks what the checkpoint was never taught."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .benchmark import Benchmark, Dataset
 from .catalogue import BENCHMARKS, read
 from .endpoint import Judge
 from .forms import JUDGED
-from .items import DataError, Item, Problem
+from .items import DataError, Item, Problem, Unavailable
 from .journal import SETTINGS, Journal
 from .judge import TEMPLATES, Verdict, judge, transcript
 from .provenance import device_name, fingerprint, today, versions
@@ -116,10 +116,10 @@ def questions_in(dataset: Dataset) -> str:
 
 
 def check_format(benchmark: Benchmark, pipeline: Pipeline) -> None:
-    """Raises DataError where a benchmark asks in ChatML, and the checkpoint was never taught it."""
+    """Raises Unavailable where a benchmark asks in ChatML, and the checkpoint was never taught it."""
     known = pipeline.generation_config.chat_format
     if benchmark.form.way == "chat" and known != "chatml":
-        raise DataError(
+        raise Unavailable(
             f"{benchmark.name} asks in ChatML, and {pipeline.name} is no chat checkpoint: its chat_format is {known}"
         )
 
